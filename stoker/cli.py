@@ -1,0 +1,65 @@
+"""The command ``stoker``: mounts the layers' commands and turns errors into one sentence and an exit code.
+
+Exit codes: 0 done, 1 found wrong, failed or interrupted, 2 wrong usage.
+"""
+
+import json
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from ._console import new_app
+from .errors import ConfigError, StokerError, UnsupportedError
+
+__all__ = ["main"]
+
+app = new_app("The I/O layer of PyTorch training: token data sets, cache, checkpoints, benches.")
+
+
+def _mount() -> None:
+    from .bench.cli import app as bench_app
+    from .checkpoint.cli import app as ckpt_app
+    from .demo import demo
+    from .loaders.cli import app as data_app
+
+    app.add_typer(data_app, name="data")
+    app.add_typer(ckpt_app, name="ckpt")
+    app.add_typer(bench_app, name="bench")
+    app.command("demo")(demo)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"stoker {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log to standard error.")] = False,
+) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run ``stoker`` with `arguments` (those of the process by default) and exit."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _mount()
+    try:
+        app(args=arguments, prog_name="stoker")
+    except StokerError as error:
+        sys.exit(_fail(error, arguments))
+
+
+def _fail(error: StokerError, arguments: list[str]) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    if "--json" in arguments:
+        sys.stdout.write(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}) + "\n")
+    return 2 if isinstance(error, (ConfigError, UnsupportedError)) else 1
