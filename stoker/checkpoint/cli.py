@@ -1,0 +1,213 @@
+"""``stoker ckpt``: list, show, verify and open checkpoints. Nothing here imports torch."""
+
+import os
+from time import time
+from typing import Annotated, Any
+
+import typer
+
+from .._console import JsonFlag, StorageOptions, emit, new_app, parse_options, progress
+from ..errors import ConfigError, CorruptionError, KeyNotFound, NoCheckpoint
+from ..storage._units import format_bytes
+from ..storage.store import open_store
+
+__all__ = ["app"]
+
+app = new_app("List, show and verify checkpoints, and open them with other tools.")
+
+_Url = Annotated[str, typer.Argument(metavar="URL", help="Plain path or URL of a checkpoint root.")]
+_Step = Annotated[int | None, typer.Option("--step", min=0, help="A committed step.", show_default="the newest")]
+
+
+@app.command("ls")
+def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None) -> None:
+    """List the committed steps under a root, the newest marked.
+
+    \b
+    stoker ckpt ls /nvme/run
+    stoker ckpt ls s3://bucket/run -o endpoint_url=http://127.0.0.1:8333
+    """
+    from .log import CheckpointLog, step_directory
+    from .reader import read_manifest
+
+    with open_store(url, **parse_options(option)) as store:
+        head = CheckpointLog(store).head()
+        if head is None or not head.live:
+            raise NoCheckpoint("needs a committed step", place=store.url, hint="nothing was committed here")
+        rows: list[dict[str, Any]] = []
+        for step, live in sorted(head.live.items()):
+            directory = step_directory(step, live.nonce)
+            row: dict[str, Any] = {"step": step, "newest": step == head.latest, "directory": directory}
+            try:
+                manifest = read_manifest(store, directory, live)
+                modified_s = store.head(f"{directory}/manifest.arrow").modified_s
+            except (CorruptionError, KeyNotFound) as error:
+                rows.append({**row, "error": str(error)})
+                continue
+            files = [*manifest.blobs.values(), *manifest.states.values()]
+            rows.append(
+                {
+                    **row,
+                    "bytes": sum(file.size_bytes for file in files),
+                    "age_s": round(max(0.0, time() - modified_s), 1),
+                    "world_size": manifest.world_size,
+                    "tensors": len(manifest.tensor_names),
+                    "error": None,
+                }
+            )
+    ok = not any(row["error"] for row in rows)
+    lines = [("step", "bytes", "age", "world size", "tensors", "")]
+    for row in rows:
+        mark = "newest" if row["newest"] else ""
+        if row["error"]:
+            lines.append((str(row["step"]), "-", "-", "-", "-", f"{mark} damaged: {row['error']}".strip()))
+        else:
+            size, age = format_bytes(row["bytes"]), _age(row["age_s"])
+            lines.append((str(row["step"]), size, age, str(row["world_size"]), f"{row['tensors']:,}", mark))
+    emit({"ok": ok, "url": store.url, "steps": rows}, _table(lines), as_json=json)
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command("show")
+def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageOptions = None) -> None:
+    """Show what a step holds: tensors, documents of plain values, files.
+
+    \b
+    stoker ckpt show /nvme/run
+    stoker ckpt show s3://bucket/run --step 4000 --json
+    """
+    from .log import CheckpointLog, step_directory
+    from .reader import read_manifest, resolve_step
+
+    with open_store(url, **parse_options(option)) as store:
+        found, live, newest = resolve_step(CheckpointLog(store), step, store.url)
+        directory = step_directory(found, live.nonce)
+        manifest = read_manifest(store, directory, live)
+    tensors: list[dict[str, Any]] = []
+    lines = [("tensor", "dtype", "shape", "chunks", "bytes")]
+    for name in manifest.tensor_names:
+        info, chunks = manifest.tensor(name), manifest.chunks_of(name)
+        shape, size = list(info.global_shape), sum(one.byte_length for one in chunks)
+        tensors.append({"name": name, "dtype": info.dtype, "shape": shape, "chunks": len(chunks), "bytes": size})
+        extent = "x".join(map(str, shape)) or "scalar"
+        lines.append((name, info.dtype, extent, str(len(chunks)), format_bytes(size)))
+    states = [{"path": state.path, "bytes": state.size_bytes} for state in manifest.states.values()]
+    blobs = [{"path": blob.path, "bytes": blob.size_bytes} for blob in manifest.blobs.values()]
+    files = [("file", "bytes")]
+    files += [(f.path, format_bytes(f.size_bytes)) for f in (*manifest.states.values(), *manifest.blobs.values())]
+    report = {
+        "ok": True,
+        "url": store.url,
+        "step": found,
+        "newest": found == newest,
+        "directory": directory,
+        "world_size": manifest.world_size,
+        "tensors": tensors,
+        "states": states,
+        "blobs": blobs,
+    }
+    head = f"step {found} of {store.url}, saved by {manifest.world_size} ranks in {directory}"
+    emit(report, f"{head}\n\n{_table(lines)}\n{_table(files)}", as_json=json)
+
+
+@app.command("verify")
+def verify(
+    url: _Url,
+    step: _Step = None,
+    all_steps: Annotated[bool, typer.Option("--all", help="Every committed step.")] = False,
+    json: JsonFlag = False,
+    option: StorageOptions = None,
+) -> None:
+    """Read every byte of a step back and name each damaged tensor, file and block. Exit code 1 if there is one.
+
+    \b
+    stoker ckpt verify /nvme/run
+    stoker ckpt verify s3://bucket/run --all -o endpoint_url=http://127.0.0.1:8333
+    """
+    from .verify import verify as run
+
+    if step is not None and all_steps:
+        raise ConfigError("name a step or all of them, not both", value=f"--step {step} --all", place="verify")
+    with progress("verifying", total=None) as meter:
+        report = run(
+            url,
+            step=step,
+            all_steps=all_steps,
+            storage_options=parse_options(option),
+            on_start=meter.set_total,
+            on_read=meter.advance,
+        )
+    steps = ", ".join(map(str, report.steps)) or "none"
+    rate = report.num_bytes / report.seconds / 1e9 if report.seconds else 0.0
+    text = f"{report.url}: {'no damage' if report.ok else f'{len(report.damages)} damaged'}, steps: {steps}\n"
+    text += f"{format_bytes(report.num_bytes)} read in {report.seconds:.1f} s, {rate:.2f} GB/s\n"
+    for damage in report.damages:
+        where = "" if damage.start is None else f" bytes [{damage.start}, {damage.end}) (block {damage.block})"
+        what = "" if damage.kind != "blob" else f"; tensors: {_shortened(damage.tensors) or 'none, header or pad'}"
+        text += f"{damage.kind} {damage.key}{where}: {damage.problem}{what}\n"
+    emit(report.to_json(), text, as_json=json)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command("zarr")
+def zarr(
+    url: _Url,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="The references, for example refs.json.")
+    ],
+    step: _Step = None,
+    json: JsonFlag = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", metavar="NAME=VALUE", help="Option of the object store, as fsspec names it; may repeat."
+        ),
+    ] = None,
+) -> None:
+    """Write kerchunk references: plain zarr and fsspec then open the step's tensors, without checks.
+
+    Checked reads, and those of arrays that are left out here, come with stoker.checkpoint.open_zarr.
+
+    \b
+    stoker ckpt zarr /nvme/run -o refs.json
+    stoker ckpt zarr s3://bucket/run -o refs.json --step 4000 --option endpoint_url=http://127.0.0.1:8333
+
+    \b
+    zarr.open_group("reference://", storage_options={"fo": "refs.json"}, mode="r")
+    """
+    from .zarr import write_references
+
+    written = write_references(url, output, step, storage_options=parse_options(option))
+    report = {
+        "ok": True,
+        "url": url,
+        "output": os.path.abspath(output),
+        "step": written.step,
+        "arrays": written.num_arrays,
+        "chunks": written.num_chunks,
+        "left_out": written.left_out,
+    }
+    text = f"{output}: step {written.step}, {written.num_arrays:,} arrays, {written.num_chunks:,} chunks\n"
+    for name, reason in written.left_out.items():
+        text += f"left out: {name}: {reason}\n"
+    emit(report, text, as_json=json)
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _table(rows: list[Any]) -> str:
+    """Columns as wide as their widest entry, the last one as it is."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,188 @@
+"""From every rank's files to one visible step, without a collective.
+
+Each rank ends its part by creating ``frag/{rank}.arrow`` (or ``frag/{rank}.failed.json``). Rank 0 collects the fragments,
+checks that together they cover every tensor exactly, writes the manifest and appends to the log; the others watch the
+log. Whoever gives up says so in ``verdict.json``, so that a dead or hanging rank becomes the same typed error on all.
+"""
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import Any
+
+from ..errors import AlreadyExists, CommitUnknown, Fenced, KeyNotFound, SaveFailed
+from ..storage.store import ObjectStore
+from .log import CheckpointLog, Record
+from .manifest import Fragment, Manifest, merge
+
+__all__ = [
+    "Attempt",
+    "collect_fragments",
+    "give_up",
+    "report_failure",
+    "wait_for_own_term",
+    "wait_for_verdict",
+    "write_manifest",
+]
+
+_GRACE_S = 5.0
+"""How much longer than rank 0 the others wait: its verdict has to travel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at one step, the same on every rank."""
+
+    step: int
+    nonce: str
+    directory: str
+    run_id: str
+    rank: int
+    world_size: int
+    deadline: float
+    """Of :func:`time.monotonic`; each rank counts from its own ``save()``."""
+
+    def fragment_key(self, rank: int) -> str:
+        return f"{self.directory}/frag/{rank:05d}.arrow"
+
+    def failure_key(self, rank: int) -> str:
+        return f"{self.directory}/frag/{rank:05d}.failed.json"
+
+    @property
+    def verdict_key(self) -> str:
+        return f"{self.directory}/verdict.json"
+
+    @property
+    def manifest_key(self) -> str:
+        return f"{self.directory}/manifest.arrow"
+
+
+def _pauses(deadline: float) -> Iterator[None]:
+    """Ever longer pauses, 10 ms to 0.5 s, until `deadline`."""
+    pause_s = 0.01
+    while (left := deadline - monotonic()) > 0:
+        yield
+        sleep(min(pause_s, left))
+        pause_s = min(pause_s * 1.5, 0.5)
+
+
+def report_failure(store: ObjectStore, attempt: Attempt, error: BaseException) -> None:
+    """Tell rank 0 that this rank's part will never come."""
+    report = {"rank": attempt.rank, "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"[:2000]}
+    store.put(attempt.failure_key(attempt.rank), json.dumps(report).encode())
+
+
+def give_up(store: ObjectStore, attempt: Attempt, error: BaseException) -> None:
+    """Rank 0's verdict that this attempt will never be committed."""
+    verdict = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+    store.put(attempt.verdict_key, json.dumps(verdict).encode())
+
+
+def _read_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(bytes(store.get(key)))
+    except KeyNotFound:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment) -> Manifest:
+    """Rank 0: wait for every other rank's fragment, check that they cover everything, check each blob's size.
+
+    Raises:
+        SaveFailed: a rank reported a failure, or gave no fragment by the deadline; it is named with its host.
+    """
+    fragments = {attempt.rank: own}
+    for _ in _pauses(attempt.deadline):
+        if len(fragments) == attempt.world_size:
+            break
+        there = {info.key for info in store.list(f"{attempt.directory}/frag/")}
+        for rank in range(attempt.world_size):
+            if rank in fragments:
+                continue
+            if attempt.failure_key(rank) in there:
+                raise _rank_failed(store, attempt, rank)
+            key = attempt.fragment_key(rank)
+            if key in there:
+                fragments[rank] = Fragment.from_bytes(store.get(key), place=store.place(key))
+    missing = sorted(set(range(attempt.world_size)) - set(fragments))
+    if missing:
+        raise SaveFailed(
+            "every rank must deliver its fragment by the deadline",
+            value=f"nothing from ranks {missing} of {attempt.world_size}",
+            place=store.place(attempt.directory),
+            hint=f"seen from host {socket.gethostname()}; look at the logs of those ranks",
+        )
+    for rank, fragment in fragments.items():
+        for blob in fragment.blobs if rank != attempt.rank else ():
+            size = store.head(f"{attempt.directory}/{blob.path}").size
+            if size != blob.size_bytes:
+                raise SaveFailed(
+                    f"rank {rank} wrote {blob.size_bytes} bytes",
+                    value=size,
+                    place=store.place(f"{attempt.directory}/{blob.path}"),
+                )
+    return merge(
+        [fragments[rank] for rank in range(attempt.world_size)],
+        world_size=attempt.world_size,
+        place=store.place(attempt.directory),
+    )
+
+
+def _rank_failed(store: ObjectStore, attempt: Attempt, rank: int) -> SaveFailed:
+    report = _read_json(store, attempt.failure_key(rank)) or {}
+    return SaveFailed(
+        f"rank {rank} on host {report.get('host', 'unknown')} must save its part",
+        value=report.get("error", "no reason given"),
+        place=store.place(attempt.directory),
+    )
+
+
+def write_manifest(store: ObjectStore, attempt: Attempt, manifest: Manifest) -> None:
+    """Create the manifest; one's own from a lost reply is fine."""
+    data = manifest.to_bytes()
+    try:
+        store.create(attempt.manifest_key, data)
+    except AlreadyExists:
+        if bytes(store.get(attempt.manifest_key)) != data:
+            raise
+
+
+def wait_for_verdict(store: ObjectStore, attempt: Attempt, log: CheckpointLog) -> None:
+    """Another rank than 0: return when the step is committed.
+
+    Raises:
+        SaveFailed: rank 0's verdict.
+        Fenced: a newer run opened this root.
+        CommitUnknown: neither by the deadline; the step may still appear, and then it is whole.
+    """
+    seen_own_run = False
+    for _ in _pauses(attempt.deadline + _GRACE_S):
+        head = log.head()
+        if head is not None:
+            live = head.live.get(attempt.step)
+            if live is not None and live.nonce == attempt.nonce:
+                return
+            seen_own_run = seen_own_run or head.run_id == attempt.run_id
+            if seen_own_run and head.run_id != attempt.run_id:
+                raise Fenced("a newer run opened this root", value=head.run_id, place=store.place(attempt.directory))
+        verdict = _read_json(store, attempt.verdict_key)
+        if verdict is not None:
+            raise SaveFailed("rank 0 must commit", value=verdict.get("error"), place=store.place(attempt.directory))
+    raise CommitUnknown(
+        "rank 0 must commit or give up by the deadline",
+        value="no word",
+        place=store.place(attempt.directory),
+        hint="the step may still appear, and then it is whole",
+    )
+
+
+def wait_for_own_term(log: CheckpointLog, run_id: str, above_term: int, deadline: float) -> Record:
+    """Another rank than 0: return once rank 0 has opened this run's term, a newer one than `above_term`."""
+    for _ in _pauses(deadline):
+        head = log.head()
+        if head is not None and head.run_id == run_id and head.term > above_term:
+            return head
+    raise SaveFailed("rank 0 must open the run in the log", value="no record", place=f"run {run_id}")

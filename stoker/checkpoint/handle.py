@@ -1,0 +1,112 @@
+"""One save on its way from staged to committed, and what it cost."""
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from ..errors import ConfigError, DeadlineExceeded, StokerError
+
+__all__ = ["Level", "SaveHandle", "SaveReport"]
+
+Level = Literal["staged", "local", "committed"]
+_LEVELS: tuple[Level, ...] = ("staged", "local", "committed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveReport:
+    """What a save cost. Times are seconds since ``save()`` was called; None while a level is not reached.
+
+    Attributes:
+        step: the step.
+        stall_s: how long ``save()`` kept its caller.
+        busy_s: the part of `stall_s` that it waited for the save before it.
+        staged_bytes: bytes that this rank copied into its staging arena.
+        local_s: until this rank's bytes were durable under the root.
+        committed_s: until the step was visible.
+    """
+
+    step: int
+    stall_s: float
+    busy_s: float
+    staged_bytes: int
+    local_s: float | None
+    committed_s: float | None
+
+    @property
+    def bytes_per_s(self) -> dict[Level, float]:
+        """This rank's bytes per second, counted from ``save()``, at each level that is reached."""
+        times = {"staged": self.stall_s, "local": self.local_s, "committed": self.committed_s}
+        return {level: self.staged_bytes / t for level in _LEVELS if (t := times[level])}
+
+
+# Guarantees: wait() and report() may be called from any thread.
+class SaveHandle:
+    """One save on its way through the levels ``staged``, ``local``, ``committed``."""
+
+    def __init__(self, step: int, started: float, busy_s: float) -> None:
+        self.step = step
+        self._started, self._busy_s = started, busy_s
+        self._stall_s = 0.0
+        self._staged_bytes = 0
+        self._reached: dict[Level, float] = {}
+        self._levels: dict[Level, Future[None]] = {level: Future() for level in _LEVELS}
+        self._observed = False
+
+    def wait(self, level: Level = "committed", timeout_s: float | None = None) -> None:
+        """Return when the save has reached `level`.
+
+        Raises:
+            DeadlineExceeded: not within `timeout_s` seconds; the save goes on.
+            SaveFailed, CommitUnknown, StoreError: why it will not be (or may not be) committed. Older steps are as they
+                were.
+        """
+        if level not in _LEVELS:
+            raise ConfigError(f"level must be one of {', '.join(_LEVELS)}", value=level, place="SaveHandle.wait")
+        try:
+            self._levels[level].result(timeout_s)
+        except TimeoutError as error:
+            if isinstance(error, StokerError):
+                self._observed = True
+                raise
+            raise DeadlineExceeded(
+                f"the save must be {level} in time", value=f"{timeout_s} s", place=f"step {self.step}"
+            ) from None
+        except Exception:
+            self._observed = True
+            raise
+
+    def done(self, level: Level = "committed") -> bool:
+        """Whether `level` was reached or the save has failed."""
+        return self._levels[level].done()
+
+    def report(self) -> SaveReport:
+        """What the save cost so far."""
+        return SaveReport(
+            step=self.step,
+            stall_s=self._stall_s,
+            busy_s=self._busy_s,
+            staged_bytes=self._staged_bytes,
+            local_s=self._reached.get("local"),
+            committed_s=self._reached.get("committed"),
+        )
+
+    def mark_staged(self, num_bytes: int) -> None:
+        self._staged_bytes = num_bytes
+        self._stall_s = perf_counter() - self._started
+        self.reach("staged")
+
+    def reach(self, level: Level) -> None:
+        self._reached[level] = perf_counter() - self._started
+        self._levels[level].set_result(None)
+
+    def fail(self, error: BaseException) -> None:
+        for future in self._levels.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def raise_unobserved(self) -> None:
+        error = self._levels["committed"].exception()
+        if error is not None and not self._observed:
+            self._observed = True
+            raise error

@@ -1,0 +1,611 @@
+"""The checkpoint manager: save, restore and retention of steps under one root."""
+
+import hashlib
+import logging
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from time import monotonic, perf_counter, time
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from ..errors import (
+    ConfigError,
+    DeadlineExceeded,
+    RootNotShared,
+    StokerError,
+    UnsupportedError,
+)
+from ..metrics import counters
+from ..storage.store import ObjectStore, open_store
+from . import values
+from .arena import Arena, root_id_of, sweep_dead_arenas
+from .commit import (
+    Attempt,
+    collect_fragments,
+    give_up,
+    report_failure,
+    wait_for_own_term,
+    wait_for_verdict,
+    write_manifest,
+)
+from .handle import SaveHandle
+from .log import (
+    CheckpointLog,
+    LiveStep,
+    Record,
+    collect_record,
+    commit_record,
+    keep_all,
+    nonce_of,
+    open_record,
+    parse_step_directory,
+    step_directory,
+)
+from .log import (
+    keep_last as keep_newest,
+)
+from .manifest import Fragment, StateInfo
+from .plan import make_plan, plan_signature
+from .reader import StepReader, read_manifest, resolve_step
+from .restore import RestoreReport, restore_tree
+from .stage import BlobSave, StagedLayout
+from .tree import TreeView, view_tree
+
+__all__ = ["CheckpointManager", "load", "save"]
+
+logger = logging.getLogger(__name__)
+
+_IO_THREADS = 4
+_CONSTRUCT_TIMEOUT_S = 60.0
+_CLOSE_TIMEOUT_S = 1800.0
+
+
+# Guarantees: save, restore and close are called from one thread at a time, the trainer's; steps and latest from any.
+# `_threads` write blobs, `_persister` brings one save after another to its commit; both belong to this object.
+class CheckpointManager:
+    """Asynchronous, sharded, verified checkpoints of one training job under one root.
+
+    Args:
+        url: the root: a path, or any URL that :func:`stoker.storage.open_store` takes. All ranks name the same one.
+        local: a directory on the node's own disk; comes with tiered durability, in a later version.
+        keep_last: how many committed steps to keep; None keeps all. Older ones are retired in the same log record that
+            commits a new one; their data goes `grace_s` later.
+        storage_options: for the store.
+        rank, world_size, run_id: of the job. With an initialised process group they come from there (the constructor is
+            then collective, once, on gloo); without one a job of several ranks must pass all three, the same `run_id`
+            on each rank and a new one at each start.
+        persist_timeout_s: the deadline of one save, from ``save()`` to its commit.
+        grace_s: how long data outlives its retirement, for readers that are still at it.
+
+    Durability: :meth:`save` returns when the state is staged in host memory, so training may go on; a step exists for
+    anyone, :meth:`latest` included, once it is committed: every byte of every rank is durable under the root and one log
+    record names it.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> directory = tempfile.TemporaryDirectory()
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with CheckpointManager(directory.name, keep_last=2) as ckpt:
+        ...     handle = ckpt.save(10, {"model": model, "progress": {"tokens": 4096}})
+        ...     handle.wait("committed")
+        ...     fresh = {"model": torch.nn.Linear(4, 2), "progress": {"tokens": 0}}
+        ...     report = ckpt.restore(fresh)
+        >>> report.step, fresh["progress"], torch.equal(fresh["model"].weight, model.weight)
+        (10, {'tokens': 4096}, True)
+        >>> directory.cleanup()
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        local: str | None = None,
+        keep_last: int | None = None,
+        storage_options: dict[str, Any] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        run_id: str | None = None,
+        persist_timeout_s: float = 1800.0,
+        grace_s: float = 60.0,
+    ) -> None:
+        if local is not None:
+            raise UnsupportedError(
+                "a local tier in front of the root comes in a later version",
+                value=str(local),
+                place="CheckpointManager(local=)",
+                hint="leave local= out: the root itself may be a directory on local disk",
+            )
+        if keep_last is not None and keep_last < 1:
+            raise ConfigError("keep_last must be >= 1 or None", value=keep_last, place="CheckpointManager")
+        self._store: ObjectStore = open_store(os.fspath(url), **(storage_options or {}))
+        self._log = CheckpointLog(self._store)
+        self._keep_last, self._timeout_s, self._grace_s = keep_last, persist_timeout_s, grace_s
+        self._group: dist.ProcessGroup | None = None
+        self.rank, self.world_size, self._run_id = self._join(rank, world_size, run_id)
+        self._root_id = root_id_of(self._store.url)
+        self._host = socket.gethostname()
+        self._threads = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="stoker-write")
+        self._persister = ThreadPoolExecutor(1, thread_name_prefix="stoker-persist")
+        self._opened: Future[None] | None = None
+        self._term = 0
+        self._rewind_to: int | None = None
+        self._tries: dict[int, int] = {}
+        self._own_nonces: set[str] = set()
+        self._arena: Arena | None = None
+        self._layout: StagedLayout | None = None
+        self._pending: tuple[SaveHandle, Future[None]] | None = None
+        self._garbage: list[tuple[float, str]] = []
+        self._writing = threading.Event()
+        self._collected = False
+        self._closed = False
+        sweep_dead_arenas(keep_root_id=self._root_id)
+
+    # ------------------------------------------------------------------------------------------------------- the job
+
+    def _join(self, rank: int | None, world_size: int | None, run_id: str | None) -> tuple[int, int, str]:
+        given = (rank, world_size, run_id)
+        if not (dist.is_available() and dist.is_initialized()):
+            if given == (None, None, None) or world_size == 1:
+                return rank or 0, 1, run_id or uuid.uuid4().hex
+            if rank is None or world_size is None or run_id is None:
+                raise ConfigError(
+                    "without a process group a job of several ranks passes rank, world_size and run_id",
+                    value=f"rank={rank}, world_size={world_size}, run_id={run_id!r}",
+                    place="CheckpointManager",
+                )
+            if not 0 <= rank < world_size:
+                raise ConfigError(f"rank must be in [0, {world_size})", value=rank, place="CheckpointManager")
+            return rank, world_size, run_id
+        if given != (None, None, None):
+            raise ConfigError(
+                "rank, world_size and run_id come from the process group", value=given, place="CheckpointManager"
+            )
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if world_size == 1:
+            return 0, 1, uuid.uuid4().hex
+        # Never NCCL: the group that carries gradients must not wait for a disk.
+        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        run_id = self._from_rank_0(uuid.uuid4().hex)
+        self._check_root_is_shared(rank, run_id)
+        return rank, world_size, run_id
+
+    def _from_rank_0(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank. The only collectives of this class: at construction and at restore."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def _check_root_is_shared(self, rank: int, run_id: str) -> None:
+        key = f"probe/{run_id}"
+        if rank == 0:
+            self._store.put(key, b"seen by every rank")
+        dist.barrier(self._group)
+        seen = self._store.exists(key)
+        everybody: list[bool] = [False] * dist.get_world_size()
+        dist.all_gather_object(everybody, seen, group=self._group)
+        if rank == 0:
+            self._store.delete(key)
+        if not all(everybody):
+            blind = [r for r, sees in enumerate(everybody) if not sees]
+            raise RootNotShared(
+                "every rank must see the same root",
+                value=f"ranks {blind} do not see what rank 0 wrote",
+                place=f"{self._store.url} on {socket.gethostname()}",
+                hint="use a shared file system or an object store",
+            )
+
+    # ---------------------------------------------------------------------------------------------------------- save
+
+    def save(self, step: int, tree: dict[str, Any]) -> SaveHandle:
+        """Copy the state and return; writing and committing go on in the background. Every rank calls it.
+
+        The tree may hold modules, optimizers, ``Stateful`` objects, (nested dicts of) tensors, DTensors and plain values;
+        everything in it may change as soon as this returns. A save that still persists is waited for.
+
+        Raises:
+            UnsupportedState: an object that can't be represented, with its path; nothing was written.
+            SaveFailed, StoreError: of the save before, if its handle's :meth:`~SaveHandle.wait` did not raise it yet.
+        """
+        started = perf_counter()
+        self._check_usable()
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
+            raise ConfigError("a step is an integer in [0, 10^12)", value=step, place="CheckpointManager.save")
+        self._settle()
+        handle = SaveHandle(step, started, perf_counter() - started)
+        attempt = self._new_attempt(step)
+        try:
+            view = view_tree(tree)
+            # On every rank, though only rank 0 writes most of them: what can't be represented must not pass unseen.
+            states = {
+                self._state_path(item.name, item.rank_local): values.dumps(item.document(), place=item.name)
+                for item in view.items.values()
+            }
+            tree_hash = _tree_hash(view)
+            layout = self._layout_for(view.tensors)
+            layout.arena.mark("FILLING", step=step, nonce=attempt.nonce)
+            blobs = BlobSave(
+                layout,
+                store=self._store,
+                directory=attempt.directory,
+                rank=self.rank,
+                threads=self._threads,
+                may_write=self._open_once(attempt.deadline),
+            )
+            self._writing.set()
+            try:
+                blobs.stage(lambda piece: piece.memory(view.tensors[piece.chunk.name]))
+            except BaseException:
+                blobs.abort()
+                raise
+        except BaseException as error:
+            self._writing.clear()
+            if self.world_size > 1:
+                self._tell_failure(attempt, error)
+            raise
+        handle.mark_staged(blobs.num_bytes)
+        self._pending = handle, self._persister.submit(self._persist, handle, attempt, blobs, states, tree_hash)
+        counters.add("ckpt.save.stall_s", handle.report().stall_s)
+        counters.add("ckpt.save.bytes", blobs.num_bytes)
+        return handle
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ConfigError("the manager must not be closed", place=self._store.url)
+
+    def _settle(self) -> None:
+        """Wait until the save before has let go of the arena; raise its failure unless somebody saw it."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        handle, persisted = pending
+        try:
+            persisted.result(self._timeout_s)
+        except TimeoutError:
+            self._pending = pending
+            raise DeadlineExceeded(
+                "the save before must end first",
+                value=f"still writing after {self._timeout_s} s",
+                place=f"step {handle.step}",
+                hint="the disk or the store hangs",
+            ) from None
+        handle.raise_unobserved()
+
+    def _state_path(self, name: str, rank_local: bool) -> str:
+        return f"state/{name}.{self.rank:05d}.json" if rank_local else f"state/{name}.json"
+
+    def _new_attempt(self, step: int) -> Attempt:
+        nth = self._tries.get(step, 0)
+        self._tries[step] = nth + 1
+        nonce = nonce_of(self._run_id, step, nth)
+        self._own_nonces.add(nonce)
+        return Attempt(
+            step=step,
+            nonce=nonce,
+            directory=step_directory(step, nonce),
+            run_id=self._run_id,
+            rank=self.rank,
+            world_size=self.world_size,
+            deadline=monotonic() + self._timeout_s,
+        )
+
+    def _layout_for(self, tensors: dict[str, torch.Tensor]) -> StagedLayout:
+        signature = plan_signature(tensors, rank=self.rank, world_size=self.world_size)
+        if self._layout is not None and self._layout.plan.signature == signature:
+            return self._layout
+        plan = make_plan(tensors, rank=self.rank, world_size=self.world_size)
+        images = StagedLayout.images_of(plan)
+        size_bytes = sum(image.size_bytes for image in images)
+        self._layout = None
+        if self._arena is None or self._arena.size_bytes != size_bytes:
+            if self._arena is not None:
+                self._arena.close()
+            self._arena = Arena(root_id=self._root_id, rank=self.rank, size_bytes=size_bytes)
+        self._layout = StagedLayout(plan, images, self._arena)
+        return self._layout
+
+    def prewarm(self, tree: dict[str, Any]) -> None:
+        """Allocate and touch the staging memory for `tree` now, so that the first save costs what the second does."""
+        self._check_usable()
+        self._settle()
+        self._layout_for(view_tree(tree).tensors)
+
+    # ------------------------------------------------------------------------------------- on the background's threads
+
+    def _open_once(self, deadline: float) -> Future[None]:
+        """The future of this run's term in the log; opened by the first save, never by a restore."""
+        if self._opened is None or (self._opened.done() and self._opened.exception() is not None):
+            self._opened = self._threads.submit(self._open_term, deadline)
+        return self._opened
+
+    def _open_term(self, deadline: float) -> None:
+        if self.rank == 0:
+            rewind_to = self._rewind_to
+            above = self._term
+            record = self._log.append(
+                lambda head: open_record(head, self._run_id, rewind_to=rewind_to, above_term=above)
+            )
+        else:
+            record = wait_for_own_term(self._log, self._run_id, self._term, deadline)
+        self._term, self._rewind_to = record.term, None
+
+    def _persist(
+        self, handle: SaveHandle, attempt: Attempt, blobs: BlobSave, states: dict[str, bytes], tree_hash: str
+    ) -> None:
+        try:
+            self._make_durable(handle, attempt, blobs, states, tree_hash)
+        except BaseException as error:
+            logger.error("step %d was not committed: %s", attempt.step, error)
+            self._tell_failure(attempt, error)
+            handle.fail(error)  # whoever waits for the handle gets it; a hanging write below must not hold it back
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            blobs.abort()
+            self._writing.clear()
+        if self.rank == 0:
+            try:
+                self._collect_leftovers()
+                self._delete_garbage()
+            except StokerError as error:  # what is left is found again by the next run
+                logger.warning("could not delete retired data under %s: %s", self._store.url, error)
+
+    def _make_durable(
+        self, handle: SaveHandle, attempt: Attempt, blobs: BlobSave, states: dict[str, bytes], tree_hash: str
+    ) -> None:
+        blobs.checksums_done(attempt.deadline)
+        assert self._arena is not None
+        self._arena.mark("FULL", step=attempt.step, nonce=attempt.nonce)
+        infos = blobs.finish()
+        mine = {
+            path: data for path, data in states.items() if self.rank == 0 or path.endswith(f".{self.rank:05d}.json")
+        }
+        for path, data in mine.items():
+            self._store.put(f"{attempt.directory}/{path}", data)
+        assert self._layout is not None
+        plan = self._layout.plan
+        fragment = Fragment(
+            rank=self.rank,
+            world_size=self.world_size,
+            host=self._host,
+            plan_hash=tree_hash,
+            held=[piece.chunk for piece in plan.held],
+            written=blobs.written_chunks(),
+            blobs=infos,
+            states=[
+                StateInfo(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                for path, data in mine.items()
+            ],
+        )
+        self._store.create(attempt.fragment_key(self.rank), fragment.to_bytes())
+        handle.reach("local")
+        if self.rank == 0:
+            self._commit(attempt, fragment)
+        else:
+            wait_for_verdict(self._store, attempt, self._log)
+        handle.reach("committed")
+        logger.info("step %d is committed under %s", attempt.step, self._store.url)
+
+    def _commit(self, attempt: Attempt, own: Fragment) -> None:
+        manifest = collect_fragments(self._store, attempt, own)
+        write_manifest(self._store, attempt, manifest)
+        retired: dict[int, LiveStep] = {}
+
+        def transition(head: Record | None) -> Record:
+            record = commit_record(
+                head,
+                term=self._term,
+                step=attempt.step,
+                nonce=attempt.nonce,
+                manifest_sha256=manifest.sha256,
+                keep=keep_all if self._keep_last is None else keep_newest(self._keep_last),
+            )
+            if head is not None and record is not head:  # not the second look, which finds the record there
+                retired.clear()
+                retired.update({step: live for step, live in head.live.items() if step not in record.live})
+            return record
+
+        self._log.append(transition)
+        now = monotonic()
+        self._garbage += [(now, step_directory(step, live.nonce)) for step, live in retired.items()]
+
+    def _tell_failure(self, attempt: Attempt, error: BaseException) -> None:
+        """Best effort: a store that fails now is why we are here; the others' deadline covers it."""
+        try:
+            (give_up if self.rank == 0 else report_failure)(self._store, attempt, error)
+        except StokerError as also:
+            logger.warning("could not report the failure of step %d: %s", attempt.step, also)
+
+    def _collect_leftovers(self) -> None:
+        """Once a run: delete what dead runs left under the root, attempts never committed and steps long retired.
+
+        Their writers are fenced by this run's term. Only what is older than the grace goes, and only after a log record
+        has announced it.
+        """
+        if self._collected:
+            return
+        self._collected = True
+        newest: dict[str, float] = {}
+        for info in self._store.list("step-"):
+            directory = info.key.split("/", 1)[0]
+            newest[directory] = max(newest.get(directory, 0.0), info.modified_s)
+        head = self._log.head()
+        live = set() if head is None else {step_directory(s, entry.nonce) for s, entry in head.live.items()}
+        doomed: dict[str, str] = {}
+        for directory, modified_s in newest.items():
+            parsed = parse_step_directory(directory)
+            if parsed is None or directory in live or parsed[1] in self._own_nonces:
+                continue
+            if time() - modified_s >= self._grace_s:
+                doomed[directory] = parsed[1]
+        if doomed:
+            self._log.append(lambda head: collect_record(head, nonces=sorted(doomed.values())))
+            logger.info("deleting %d leftovers of earlier runs under %s", len(doomed), self._store.url)
+            self._garbage = [(float("-inf"), directory) for directory in sorted(doomed)] + self._garbage
+
+    def _delete_garbage(self) -> None:
+        """Delete retired data whose grace is over, object by object, and never while a save writes."""
+        now = monotonic()
+        while self._garbage and now - self._garbage[0][0] >= self._grace_s:
+            directory = self._garbage[0][1]
+            for info in list(self._store.list(f"{directory}/")):
+                if self._writing.is_set():
+                    return
+                self._store.delete(info.key)
+            self._garbage.pop(0)
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    def steps(self) -> list[int]:
+        """All committed steps, ascending."""
+        head = self._log.head()
+        return [] if head is None else sorted(head.live)
+
+    def latest(self) -> int | None:
+        """The newest committed step, or None. Never goes backwards but by a rewind (``restore(step=)``, then a save)."""
+        head = self._log.head()
+        return None if head is None else head.latest
+
+    def restore(
+        self,
+        tree: dict[str, Any],
+        *,
+        step: int | None = None,
+        names: Sequence[str] | None = None,
+        strict: bool = True,
+    ) -> RestoreReport:
+        """Restore `tree` in place from a committed step, the newest by default. Every rank calls it.
+
+        Tensors are written in place, ``Stateful`` objects get ``load_state_dict``, nested dicts of plain values are
+        updated in place. World size and sharding may differ from the saving job's. Every byte is verified.
+
+        Args:
+            tree: what to restore; the same items as at ``save``.
+            step: a committed step. One older than the newest makes the next ``save`` abandon the newer ones.
+            names: shell patterns; only tensors and items that match one are restored.
+            strict: False restores what tree and checkpoint have in common and reports the rest.
+
+        Raises:
+            NoCheckpoint: no committed step, or not that one.
+            TreeMismatch: all differences in one message; nothing was written.
+            CorruptBlock, CorruptRecord: stored bytes are damaged; the tree may be partly restored by then.
+        """
+        started = perf_counter()
+        self._check_usable()
+        self._settle()
+        found, live, newest = self._resolve(step)
+        directory = step_directory(found, live.nonce)
+        manifest = read_manifest(self._store, directory, live)
+        reader = StepReader(self._store, directory, manifest, io_threads=_IO_THREADS)
+        report = restore_tree(tree, reader, rank=self.rank, step=found, names=names, strict=strict)
+        if step is not None and newest > found:
+            self._rewind_to, self._opened = found, None
+        return replace(report, seconds=perf_counter() - started)
+
+    def _resolve(self, step: int | None) -> tuple[int, LiveStep, int]:
+        """One (step, nonce) for all ranks, and the newest step."""
+        if self._group is None:
+            if self.world_size > 1 and step is None:
+                raise ConfigError(
+                    "without a process group every rank names the step to restore",
+                    place="CheckpointManager.restore",
+                    hint="two ranks that each ask for the newest may get different ones",
+                )
+            return resolve_step(self._log, step, self._store.url)
+        answer: Any = None
+        if self.rank == 0:
+            try:
+                answer = resolve_step(self._log, step, self._store.url)
+            except StokerError as error:
+                answer = error
+        answer = self._from_rank_0(answer)
+        if isinstance(answer, StokerError):
+            raise answer
+        result: tuple[int, LiveStep, int] = answer
+        return result
+
+    # --------------------------------------------------------------------------------------------------------- the end
+
+    def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Wait for a save that persists, then free the staging memory. Raises the failure of a save nobody waited for.
+
+        Raises:
+            DeadlineExceeded: the save did not end in time; it goes on, and its memory stays until it has.
+        """
+        if self._closed:
+            return
+        if self._pending is not None and not wait([self._pending[1]], timeout_s).done:
+            raise DeadlineExceeded(
+                "the last save must end before the manager is closed",
+                value=f"still going after {timeout_s} s",
+                place=f"step {self._pending[0].step}",
+            )
+        self._closed = True
+        self._persister.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
+        self._layout = None
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        self._store.close()
+        self._settle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.close()
+        except Exception as failure:
+            if error is None:
+                raise
+            # The block's own error is what the user must see; this one goes to the log.
+            logger.error("while closing %s: %s", self._store.url, failure)
+
+
+def _tree_hash(view: TreeView) -> str:
+    """Of items, names, dtypes and shapes: what every rank of a job must agree on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item in view.items.values():
+        digest.update(repr((item.name, item.kind)).encode())
+    for name, tensor in view.tensors.items():
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+    return digest.hexdigest()
+
+
+def save(url: str | os.PathLike[str], tree: dict[str, Any], *, storage_options: dict[str, Any] | None = None) -> int:
+    """Save one tree, durably, as the next step under `url`; returns the step. No retention.
+
+    >>> import tempfile, torch
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     step = save(directory, {"w": torch.arange(4)})
+    ...     tree = {"w": torch.zeros(4, dtype=torch.int64)}
+    ...     report = load(directory, tree)
+    >>> step, tree["w"].tolist()
+    (0, [0, 1, 2, 3])
+    """
+    with CheckpointManager(url, storage_options=storage_options) as manager:
+        newest = manager._from_rank_0(manager.latest()) if manager._group is not None else manager.latest()
+        step = 0 if newest is None else newest + 1
+        manager.save(step, tree).wait("committed")
+    return step
+
+
+def load(
+    url: str | os.PathLike[str],
+    tree: dict[str, Any],
+    *,
+    step: int | None = None,
+    strict: bool = True,
+    storage_options: dict[str, Any] | None = None,
+) -> RestoreReport:
+    """Restore `tree` in place from the newest step (or `step`) under `url`. See :meth:`CheckpointManager.restore`."""
+    with CheckpointManager(url, storage_options=storage_options) as manager:
+        return manager.restore(tree, step=step, strict=strict)

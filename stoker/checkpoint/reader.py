@@ -1,0 +1,197 @@
+"""Verified bytes of a committed step: every CRC block that is touched is checked before a byte of it is used.
+
+Needs no torch: the command line verifies a checkpoint with this module alone.
+"""
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CorruptBlock, CorruptRecord, NoCheckpoint
+from ..metrics import counters
+from ..storage import _posix
+from ..storage._checksums import crc32c
+from ..storage.store import ObjectStore
+from .log import CheckpointLog, LiveStep
+from .manifest import CRC_BLOCK_BYTES, BlobInfo, Manifest
+
+__all__ = ["Span", "StepReader", "read_manifest", "resolve_step"]
+
+_READ_BYTES = 8 << 20
+"""One read: CRC blocks are coalesced up to here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Bytes ``[start, start + len(sink))`` of a blob, wanted in `sink` (uint8, contiguous, writable)."""
+
+    start: int
+    sink: NDArray[np.uint8]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.sink)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """One coalesced read of whole CRC blocks, and the spans that it serves."""
+
+    blob: BlobInfo
+    start: int
+    end: int
+    spans: list[Span]
+
+
+# Guarantees: read() may be called from several threads; each reader thread has its own aligned buffer.
+class StepReader:
+    """Reads from the blobs of one step. `directory` is the step's key below the store's root."""
+
+    def __init__(self, store: ObjectStore, directory: str, manifest: Manifest, *, io_threads: int = 4) -> None:
+        self.manifest = manifest
+        self._store, self._directory, self._io_threads = store, directory, io_threads
+        self._local = threading.local()
+
+    @property
+    def place(self) -> str:
+        """The step's directory with its root."""
+        return self._store.place(self._directory)
+
+    def key(self, path: str) -> str:
+        """The store's key of a blob or state file of this step."""
+        return f"{self._directory}/{path}"
+
+    def read(self, wanted: Mapping[str, Sequence[Span]]) -> int:
+        """Fill every sink; `wanted` maps blob paths to spans. Returns the bytes read, each CRC block once.
+
+        Raises:
+            CorruptBlock: a block differs from its checksum also when it is read a second time.
+        """
+        reads = [read for path, spans in wanted.items() for read in _coalesce(self.manifest.blob(path), spans)]
+        self._run(reads)
+        return sum(read.end - read.start for read in reads)
+
+    def read_bytes(self, path: str, start: int, end: int) -> bytes:
+        """Bytes ``[start, end)`` of one blob, verified."""
+        sink = np.empty(end - start, np.uint8)
+        if end > start:
+            self.read({path: [Span(start=start, sink=sink)]})
+        return sink.tobytes()
+
+    def read_state(self, path: str) -> bytes:
+        """One state file, checked against size and SHA-256 in the manifest."""
+        info = self.manifest.states[path]
+        data = bytes(self._store.get(self.key(path)))
+        got = hashlib.sha256(data).hexdigest()
+        if got != info.sha256:
+            raise CorruptRecord(f"must have SHA-256 {info.sha256}", value=got, place=self._store.place(self.key(path)))
+        return data
+
+    def damaged_blocks(self, blobs: Iterable[BlobInfo], *, on_read: Callable[[int], None]) -> list[CorruptBlock]:
+        """Read whole blobs, and return an error for each block that differs from its checksum.
+
+        `on_read` gets the bytes of each read, on the reading threads. A missing or short blob raises.
+        """
+
+        def damage(read: _Read) -> list[CorruptBlock]:
+            found = self._check(read, self._fetch(read))
+            if found:  # a flip on the way is gone the second time; one at rest is not
+                found = self._check(read, self._fetch(read))
+            on_read(read.end - read.start)
+            return found
+
+        reads = (read for blob in blobs for read in _coalesce(blob, (), whole=True))
+        with ThreadPoolExecutor(self._io_threads, thread_name_prefix="stoker-verify") as threads:
+            return [error for found in threads.map(damage, reads) for error in found]
+
+    def _run(self, reads: list[_Read]) -> None:
+        if len(reads) == 1:
+            self._serve(reads[0])
+            return
+        with ThreadPoolExecutor(self._io_threads, thread_name_prefix="stoker-restore") as threads:
+            for _ in threads.map(self._serve, reads):
+                pass
+
+    def _serve(self, read: _Read) -> None:
+        data = self._fetch(read)
+        damaged = self._check(read, data)
+        if damaged:  # a flip on the way is gone the second time; one at rest is not
+            counters.add("ckpt.restore.rereads")
+            data = self._fetch(read)
+            damaged = self._check(read, data)
+        if damaged:
+            raise damaged[0]
+        for span in read.spans:
+            start, end = max(span.start, read.start), min(span.end, read.end)
+            # numpy lets other threads run while it copies; assigning to a memoryview does not.
+            np.copyto(span.sink[start - span.start : end - span.start], data[start - read.start : end - read.start])
+        counters.add("ckpt.restore.bytes", read.end - read.start)
+
+    def _fetch(self, read: _Read) -> NDArray[np.uint8]:
+        buffer: memoryview | None = getattr(self._local, "buffer", None)
+        if buffer is None:
+            buffer = self._local.buffer = _posix.aligned_buffer(_READ_BYTES)
+        part = buffer[: read.end - read.start]
+        self._store.get_into(self.key(read.blob.path), part, read.start)
+        return np.frombuffer(part, np.uint8)
+
+    def _check(self, read: _Read, data: NDArray[np.uint8]) -> list[CorruptBlock]:
+        damaged = []
+        for at in range(read.start, read.end, CRC_BLOCK_BYTES):
+            end = min(at + CRC_BLOCK_BYTES, read.end)
+            got = crc32c(data[at - read.start : end - read.start].data)
+            expected = int(read.blob.crcs[at // CRC_BLOCK_BYTES])
+            if got != expected:
+                damaged.append(CorruptBlock(self._store.place(self.key(read.blob.path)), at, end, expected, got))
+        return damaged
+
+
+def _coalesce(blob: BlobInfo, spans: Sequence[Span], *, whole: bool = False) -> list[_Read]:
+    """Whole CRC blocks that cover `spans`, each once, joined to reads of at most 8 MiB."""
+    blocks_per_read = _READ_BYTES // CRC_BLOCK_BYTES
+    num_blocks = -(-blob.size_bytes // CRC_BLOCK_BYTES)
+    serving: dict[int, list[Span]] = {}
+    needed = np.zeros(num_blocks, bool)
+    if whole:
+        needed[:] = True
+    for span in spans:
+        if span.end > span.start:
+            first, last = span.start // CRC_BLOCK_BYTES, -(-span.end // CRC_BLOCK_BYTES)
+            needed[first:last] = True
+            for group in range(first // blocks_per_read, -(-last // blocks_per_read)):
+                serving.setdefault(group, []).append(span)
+    reads = []
+    for group in range(-(-num_blocks // blocks_per_read)):
+        base = group * blocks_per_read
+        wanted = np.flatnonzero(needed[base : base + blocks_per_read])
+        # Runs of neighbouring blocks; a gap is not read.
+        for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if len(wanted) else []:
+            start = (base + int(run[0])) * CRC_BLOCK_BYTES
+            end = min((base + int(run[-1]) + 1) * CRC_BLOCK_BYTES, blob.size_bytes)
+            inside = [span for span in serving.get(group, []) if span.start < end and start < span.end]
+            reads.append(_Read(blob=blob, start=start, end=end, spans=inside))
+    return reads
+
+
+def resolve_step(log: CheckpointLog, step: int | None, url: str) -> tuple[int, LiveStep, int]:
+    """(step, its live entry, newest step); raises NoCheckpoint."""
+    head = log.head()
+    steps = [] if head is None else sorted(head.live)
+    if head is None or not steps:
+        raise NoCheckpoint("needs a committed step", place=url, hint="nothing was saved here, or no save was committed")
+    found = steps[-1] if step is None else step
+    if found not in head.live:
+        shown = ", ".join(map(str, steps[-10:]))
+        raise NoCheckpoint("the step must be committed", value=found, place=url, hint=f"committed steps: {shown}")
+    return found, head.live[found], steps[-1]
+
+
+def read_manifest(store: ObjectStore, directory: str, live: LiveStep) -> Manifest:
+    """The manifest of a live step, checked against the log's digest."""
+    key = f"{directory}/manifest.arrow"
+    return Manifest.from_bytes(store.get(key), place=store.place(key), sha256=live.manifest_sha256)

@@ -1,0 +1,289 @@
+"""The state tree: from live objects to named tensors and plain values, and back in place.
+
+A tree is a dict of *items* (``{"model": model, "optimizer": opt, "loader": loader, "epoch": 3}``). Walking it yields
+
+* **tensors**, each under a dotted name (``model.layers.0.weight``, ``optimizer.state.layers.0.weight.exp_avg``), and
+* for each item one **value document**: its plain values, with the places that its tensors take.
+
+The walk is our own: torch's ``get_optimizer_state_dict`` runs ``optimizer.step()`` on a fresh optimizer and so changes
+what it should only read. Optimizer state is named by the parameter's name in the tree's modules, so it survives another
+order of parameter groups and another world size.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, UnsupportedState
+
+__all__ = ["Item", "Stateful", "TreeView", "view_tree"]
+
+# Wrappers that add a component to every name inside them; the names without it are the model's own.
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_MAX_DEPTH = 64
+
+Path = tuple[Any, ...]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What torch.distributed.checkpoint, torchdata and every scheduler call stateful."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass(kw_only=True)
+class Item:
+    """One entry of the tree, taken apart.
+
+    Attributes:
+        name: its key in the tree.
+        kind: how it goes back: ``"module" | "optimizer" | "stateful" | "value"``.
+        value: its plain values; None stands where a tensor was.
+        tensors: (path inside `value`, name of the tensor) for each tensor.
+        rank_local: each rank keeps a document of its own (RNG state), instead of rank 0 for all.
+    """
+
+    name: str
+    kind: str
+    value: Any = None
+    tensors: list[tuple[Path, str]] = field(default_factory=list)
+    rank_local: bool = False
+
+    def document(self) -> dict[str, Any]:
+        """What ``state/{name}.json`` holds."""
+        paths = [[list(path), name] for path, name in self.tensors]
+        return {"kind": self.kind, "value": self.value, "tensors": paths}
+
+
+@dataclass(kw_only=True)
+class TreeView:
+    """A tree taken apart: all tensors by name, and the items. Tensors are the live ones, nothing is copied."""
+
+    tree: dict[str, Any]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    items: dict[str, Item] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: torch.Tensor, place: str) -> str:
+        """Register a tensor; two paths that give one dotted name are refused, since neither could be restored."""
+        if name in self.tensors:
+            raise UnsupportedState("two places in the tree must not share a dotted name", value=name, place=place)
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise UnsupportedState(
+                "a tensor must be dense and have its data", value=f"{tensor.layout}, {tensor.device}", place=place
+            )
+        self.tensors[name] = tensor
+        return name
+
+
+def view_tree(tree: dict[str, Any]) -> TreeView:
+    """Take a tree apart without changing or copying anything in it.
+
+    Raises:
+        UnsupportedState: an object that can't be represented, with its path in the tree.
+        ConfigError: the tree is no dict of names.
+    """
+    if not isinstance(tree, dict):
+        raise ConfigError("a state tree is a dict of named items", value=type(tree).__name__, place="tree")
+    view = TreeView(tree=tree)
+    names_of = names_of_parameters(tree)
+    for key, thing in tree.items():
+        if not isinstance(key, str) or not key.isidentifier():
+            raise UnsupportedState("an item's name must be an identifier", value=repr(key), place="tree")
+        view.items[key] = _take_apart(view, key, thing, names_of)
+    return view
+
+
+def _take_apart(view: TreeView, key: str, thing: Any, names_of: Mapping[int, str]) -> Item:
+    if isinstance(thing, nn.Module):
+        item = Item(name=key, kind="module", value={})
+        for name, value in module_state(thing).items():
+            if isinstance(value, torch.Tensor):
+                view.add(f"{key}.{name}", value, f"{key}.{name}")
+            else:
+                item.value[name] = _split(view, item, f"{key}.{name}", value, (name,), 0)
+        return item
+    if isinstance(thing, torch.optim.Optimizer):
+        item = Item(name=key, kind="optimizer")
+        item.value = _split(view, item, key, optimizer_state(thing, names_of), (), 0)
+        return item
+    if isinstance(thing, Stateful) and not isinstance(thing, type):
+        item = Item(name=key, kind="stateful", rank_local=bool(getattr(thing, "rank_local", False)))
+        state = thing.state_dict()
+        if item.rank_local and _has_tensor(state):
+            raise UnsupportedState(
+                "state that differs by rank must hold no tensors", place=key, hint="use numpy arrays"
+            )
+        item.value = _split(view, item, key, state, (), 0)
+        return item
+    item = Item(name=key, kind="value")
+    item.value = _split(view, item, key, thing, (), 0)
+    return item
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_tensor(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_has_tensor(v) for v in value)
+    return isinstance(value, torch.Tensor)
+
+
+def _split(view: TreeView, item: Item, name: str, value: Any, path: Path, depth: int) -> Any:
+    """`value` with None for each tensor; the tensors go to `view`, their paths to `item`."""
+    if isinstance(value, torch.Tensor):
+        item.tensors.append((path, view.add(name, value, name)))
+        return None
+    if depth > _MAX_DEPTH:
+        raise UnsupportedState(f"state may be nested {_MAX_DEPTH} deep at most", place=name, hint="is it a cycle?")
+    if type(value) is dict:
+        return {k: _split(view, item, f"{name}.{k}", v, (*path, k), depth + 1) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        parts = [_split(view, item, f"{name}.{i}", v, (*path, i), depth + 1) for i, v in enumerate(value)]
+        return parts if type(value) is list else tuple(parts)
+    if isinstance(value, (nn.Module, torch.optim.Optimizer)) or (depth and isinstance(value, Stateful)):
+        raise UnsupportedState(
+            "modules, optimizers and stateful objects must be items of the tree themselves",
+            value=type(value).__name__,
+            place=name,
+            hint="move it to the top level of the tree",
+        )
+    if isinstance(value, dict) and _has_tensor(value):
+        # An OrderedDict of plain values is one value; one that holds tensors is taken apart like a dict.
+        return {k: _split(view, item, f"{name}.{k}", v, (*path, k), depth + 1) for k, v in value.items()}
+    return value  # values.dumps refuses, by its path, what can't be represented
+
+
+def clean_name(name: str) -> str:
+    """`name` without the components that wrappers add.
+
+    >>> clean_name("_orig_mod.layers.0._checkpoint_wrapped_module.weight")
+    'layers.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            module = module.module
+        elif isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        else:
+            return module
+
+
+def module_state(module: nn.Module) -> dict[str, Any]:
+    """A module's parameters, persistent buffers and extra state by clean name; tied weights under each name."""
+    return {clean_name(name): value for name, value in _unwrap(module).state_dict(keep_vars=True).items()}
+
+
+def names_of_parameters(tree: Mapping[str, Any]) -> dict[int, str]:
+    """The first clean name of each parameter in the tree's modules, by id."""
+    names: dict[int, str] = {}
+    modules = [thing for thing in tree.values() if isinstance(thing, nn.Module)]
+    for module in modules:
+        for name, parameter in _unwrap(module).named_parameters():
+            names.setdefault(id(parameter), clean_name(name))
+    return names
+
+
+def parameter_names(
+    optimizer: torch.optim.Optimizer, names_of: Mapping[int, str]
+) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
+    """(name, parameter, group) in the order of the groups; a parameter of no module is named by its place."""
+    for g, group in enumerate(optimizer.param_groups):
+        for i, parameter in enumerate(group["params"]):
+            yield names_of.get(id(parameter), f"group{g}.{i}"), parameter, group
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, names_of: Mapping[int, str]) -> dict[str, Any]:
+    """``{"state": {parameter: {...}}, "param_groups": [...]}`` with names in the place of indices. Calls no step."""
+    state: dict[str, Any] = {}
+    groups = [{**group, "params": []} for group in optimizer.param_groups]
+    plain_of = {id(group): plain for group, plain in zip(optimizer.param_groups, groups, strict=True)}
+    for name, parameter, group in parameter_names(optimizer, names_of):
+        plain_of[id(group)]["params"].append(name)
+        if optimizer.state.get(parameter):
+            state[name] = dict(optimizer.state[parameter])
+    return {"state": state, "param_groups": groups}
+
+
+# ---------------------------------------------------------------------------------------------------- the way back
+
+
+def put_at(value: Any, path: Path, leaf: Any) -> Any:
+    """`value` with `leaf` at `path`; dicts and lists change in place, tuples are rebuilt.
+
+    >>> put_at({"a": (1, [None])}, ("a", 1, 0), "x")
+    {'a': (1, ['x'])}
+    """
+    if not path:
+        return leaf
+    head, rest = path[0], path[1:]
+    if isinstance(value, tuple):
+        parts = list(value)
+        parts[head] = put_at(parts[head], rest, leaf)
+        return tuple(parts)
+    value[head] = put_at(value[head], rest, leaf)
+    return value
+
+
+def update_in_place(old: Any, new: Any) -> Any:
+    """`new`, but in `old`'s own dict objects where both are dicts, so that the user's references see it.
+
+    >>> mine = {"a": {"b": 1}, "gone": 2}; inner = mine["a"]
+    >>> _ = update_in_place(mine, {"a": {"b": 5}}); mine, inner
+    ({'a': {'b': 5}}, {'b': 5})
+    """
+    if type(old) is dict and type(new) is dict:
+        for key in [key for key in old if key not in new]:
+            del old[key]
+        for key, value in new.items():
+            old[key] = update_in_place(old.get(key), value)
+        return old
+    return new
+
+
+def empty_state(
+    parameter: torch.Tensor, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """An empty tensor for a piece of optimizer state of `parameter`, made without calling ``step``.
+
+    State of the parameter's own shape takes its sharding and device; a scalar lives on the CPU unless the group is
+    fused or capturable, which is where torch's optimizers look for their step counts.
+    """
+    if shape and shape == tuple(parameter.shape):
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+    on_device = bool(shape) or group.get("fused") or group.get("capturable")
+    return torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names_of: Mapping[int, str], saved: Mapping[str, Any]) -> None:
+    """Set state and groups to `saved`, whose tensors are the live ones, already filled; other state is dropped."""
+    for name, parameter, _ in parameter_names(optimizer, names_of):
+        wanted = saved.get("state", {}).get(name)
+        if wanted:
+            optimizer.state[parameter] = dict(wanted)
+        else:
+            optimizer.state.pop(parameter, None)
+    for group, plain in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in plain.items() if key != "params"})
+
+
+def group_differences(
+    place: str, optimizer: torch.optim.Optimizer, names_of: Mapping[int, str], saved: Mapping[str, Any]
+) -> list[str]:
+    """What differs between the parameters of the optimizer's groups and of the saved ones, a sentence each."""
+    mine = [sorted(group["params"]) for group in optimizer_state(optimizer, names_of)["param_groups"]]
+    theirs = [sorted(group["params"]) for group in saved["param_groups"]]
+    if mine == theirs:
+        return []
+    names = sorted({n for g in mine for n in g} ^ {n for g in theirs for n in g})
+    what = f"parameters {', '.join(names[:8])}" if names else "how they are split"
+    return [f"{place}: {len(mine)} groups in the tree, {len(theirs)} in the checkpoint, differing in {what}"]

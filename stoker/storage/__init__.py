@@ -1,0 +1,9 @@
+"""Bytes: object stores, tiers, the block cache, checksums. Knows nothing of tokens or tensors.
+
+Importing this package pulls neither torch nor pyarrow.
+"""
+
+from .cache import Block, CacheStats, TieredCache
+from .store import ObjectInfo, ObjectStore, ObjectWriter, open_store
+
+__all__ = ["Block", "CacheStats", "ObjectInfo", "ObjectStore", "ObjectWriter", "TieredCache", "open_store"]

@@ -1,0 +1,716 @@
+"""Objects in S3, Google Cloud Storage, Azure Blob Storage and behind plain HTTP, through obstore (Rust).
+
+obstore's runtime does not survive a fork: once a process has used it, any use in a forked child hangs for ever, even
+with a new client. So every request first compares process ids and raises instead.
+
+A byte range is asked for with the version that the caller knows (``If-Match``), and what comes back is compared with
+what was asked for: version, place and length. Checksums are the caller's: no client checks the content of a range.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from heapq import heappop, heappush
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ..errors import (
+    AccessDenied,
+    AlreadyExists,
+    BucketNotFound,
+    ConfigError,
+    KeyNotFound,
+    MissingExtra,
+    ObjectChanged,
+    StokerError,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    UnsafeName,
+    UnsupportedError,
+)
+from ..metrics import counters
+from ._coverage import Coverage
+from ._units import Buffer
+from .store import ObjectInfo, ObjectStore, ObjectWriter, check_range, is_key, redact_url, safe_key
+
+__all__ = ["RemoteStore"]
+
+T = TypeVar("T")
+
+_CLIENT_OPTIONS: dict[str, Any] = {"connect_timeout": "5s", "timeout": "30s"}
+_RETRIES: dict[str, Any] = {
+    "max_retries": 6,
+    "retry_timeout": timedelta(seconds=60),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
+_PART_BYTES = 8 * 2**20
+"""Smallest part of a multipart upload. A guess between S3's minimum of 5 MiB and the memory that parts in flight hold."""
+
+_MAX_PARTS = 10_000  # of one upload, S3's limit: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+_PARTS_IN_FLIGHT = 8
+_SINGLE_PUT_BYTES = 32 * 2**20
+_PAGE_KEYS = 1000  # of one LIST request, everywhere
+
+_runtime_pid: int | None = None
+"""The process in which obstore's threads run; a forked child inherits the number but not the threads."""
+
+
+class RemoteStore(ObjectStore):
+    """Objects below ``scheme://bucket/prefix``. Makes no request when it is constructed.
+
+    ==============================  ===================================================================================
+    ``s3 s3a``                      ``key, secret, token, endpoint_url, region, anon, requester_pays`` and
+                                    ``client_kwargs={"endpoint_url", "region_name"}``; the ``AWS_*`` variables
+    ``gs gcs``                      ``token`` (path or dict of a service account, or ``"anon"``), ``endpoint_url, anon``;
+                                    ``GOOGLE_*`` variables
+    ``az abfs abfss``               ``account_name, account_key, sas_token, tenant_id, client_id, client_secret, anon,
+                                    endpoint_url``; ``AZURE_*`` variables
+    ``http https``                  ``headers``; read-only, without listing
+    ==============================  ===================================================================================
+
+    Unencrypted HTTP is used only where the endpoint's URL begins with ``http://``. A request may take 30 s (5 s of it
+    to connect) and is retried for up to 60 s.
+
+    Raises:
+        ConfigError: an option that the scheme does not have, or a URL without a bucket, with credentials or a query.
+        MissingExtra: obstore is not installed.
+    """
+
+    def __init__(self, url: str, **storage_options: Any) -> None:
+        self._given = (url, storage_options)
+        self._scheme, self._bucket, self._prefix, config = _parse(url, storage_options)
+        place = f"{self._scheme}://{self._bucket}/{self._prefix}".rstrip("/")
+        super().__init__(place)
+        self._pid = os.getpid()
+        self._read_only = self._scheme in ("http", "https")
+        self._client = _make_client(self._scheme, place, self._bucket, self._prefix, config)
+        self._bucket_seen = False
+        self._create_lock = threading.Lock()
+        self._creates_exclusively: bool | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # To the worker of a data loader, over a pipe; never to a file.
+        return (_reopen, self._given)
+
+    def get(self, key: str, start: int = 0, end: int | None = None, *, version: str | None = None) -> memoryview:
+        check_range(start, end, self.place(safe_key(key)))
+        if end == start:
+            return self._empty_range(key, start, version)
+        options: dict[str, Any] = {}
+        if end is not None:
+            options["range"] = (start, end)
+        elif start:
+            options["range"] = {"offset": start}
+        # A weak tag never matches If-Match (RFC 9110, 8.8.3.2); it is compared with the reply's below.
+        if version is not None and version.startswith('"'):
+            options["if_match"] = version
+
+        def fetch() -> tuple[ObjectInfo, tuple[int, int], memoryview]:
+            result = _obstore().get(self._client, key, options=options)
+            return _info(key, result.meta), result.range, memoryview(result.bytes())
+
+        try:
+            info, place, data = self._request("get", key, fetch)
+        except _RangeNotSatisfiable:
+            if end is None:  # from the very end on there is nothing, which is no error
+                return self._empty_range(key, start, version)
+            raise self._too_short(key, start, end) from None
+        counters.add("store.get.bytes", len(data))
+        if version is not None and info.version != version:
+            raise self._changed(key, version, info.version)
+        stop = info.size if end is None else end
+        if place != (start, stop) or len(data) != stop - start:
+            raise self._too_short(key, start, stop)
+        return data
+
+    def get_into(self, key: str, buffer: memoryview, start: int = 0, *, version: str | None = None) -> None:
+        buffer[:] = self.get(key, start, start + len(buffer), version=version)
+
+    def _empty_range(self, key: str, start: int, version: str | None) -> memoryview:
+        info = self.head(key)
+        if version is not None and info.version != version:
+            raise self._changed(key, version, info.version)
+        if start > info.size:
+            raise self._too_short(key, start, start)
+        return memoryview(b"")
+
+    def _changed(self, key: str, version: str, found: str) -> ObjectChanged:
+        return ObjectChanged(f"must still be version {version}", value=found, place=self.place(key))
+
+    def _too_short(self, key: str, start: int, end: int) -> ObjectChanged:
+        return ObjectChanged(
+            f"must hold bytes [{start}, {end})",
+            place=self.place(key),
+            hint="the object is shorter than its description says: it was replaced or cut",
+        )
+
+    def put(self, key: str, data: Buffer) -> ObjectInfo:
+        return self._put(key, memoryview(data).cast("B"), None)
+
+    def create(self, key: str, data: Buffer) -> ObjectInfo:
+        self._writable(key)
+        self._require_exclusive_create()
+        # 409 means that another creator is at work and may still fail: then the name is free and we try again.
+        for _ in range(5):
+            try:
+                return self._put(key, memoryview(data).cast("B"), "create")
+            except AlreadyExists:
+                if self.exists(key):
+                    raise
+        raise StoreUnavailable("creators of one object must come to an end", place=self.place(key))
+
+    def _put(self, key: str, data: memoryview, mode: str | None) -> ObjectInfo:
+        self._writable(safe_key(key))
+        reply = self._request("put", key, lambda: self._send(key, data, mode))
+        counters.add("store.put.bytes", len(data))
+        version = reply["e_tag"]
+        return (
+            ObjectInfo(key=key, size=len(data), version=version, modified_s=time.time()) if version else self.head(key)
+        )
+
+    def _send(self, key: str, data: memoryview, mode: str | None) -> Mapping[str, Any]:
+        reply: Mapping[str, Any] = _obstore().put(
+            self._client,
+            key,
+            data,
+            mode=mode,
+            use_multipart=mode is None and len(data) > _SINGLE_PUT_BYTES,
+            chunk_size=_part_bytes(len(data)),
+            max_concurrency=_PARTS_IN_FLIGHT,
+        )
+        return reply
+
+    def _require_exclusive_create(self) -> None:
+        """Prove once that the endpoint refuses a second creator: some accept the condition and ignore it."""
+        with self._create_lock:
+            if self._creates_exclusively is None:
+                scratch = f".stoker/create-{os.urandom(8).hex()}"
+                refused = False
+                try:
+                    for _ in range(2):
+                        try:
+                            self._request("put", scratch, lambda: self._send(scratch, memoryview(b"probe"), "create"))
+                        except AlreadyExists:
+                            refused = True
+                finally:
+                    with suppress(StoreError):
+                        self._remove(scratch)
+                self._creates_exclusively = refused
+            if not self._creates_exclusively:
+                raise UnsupportedError(
+                    "the store must refuse to create an object twice (If-None-Match: *)",
+                    value="a second create that replaced the first",
+                    place=self.url,
+                    hint="use a store with conditional writes: AWS S3, GCS, Azure, MinIO, SeaweedFS",
+                )
+
+    def open_writer(self, key: str, size_bytes: int) -> "RemoteWriter":
+        self._writable(safe_key(key))
+        return RemoteWriter(self, key, size_bytes)
+
+    def head(self, key: str) -> ObjectInfo:
+        safe_key(key)
+        return self._request("head", key, lambda: _info(key, _obstore().head(self._client, key)))
+
+    def list(self, prefix: str = "", *, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
+        if self._read_only:
+            raise UnsupportedError("an http(s) URL can't be listed", place=self.url)
+        folder = prefix.rpartition("/")[0]
+        if folder:
+            safe_key(folder)
+        return self._list(folder, prefix, start_after, limit)
+
+    def _list(self, folder: str, prefix: str, start_after: str, limit: int | None) -> Iterator[ObjectInfo]:
+        left = limit
+        lowest = max(_below(folder, prefix), _below(folder, start_after))
+        for info in _in_lexical_order(self._pages(folder, lowest), len(folder) + 1 if folder else 0):
+            if left == 0 or (info.key > prefix and not info.key.startswith(prefix)):
+                return
+            if info.key.startswith(prefix) and info.key > start_after and is_key(info.key):
+                yield info
+                left = None if left is None else left - 1
+                if left == 0:
+                    return
+
+    def _pages(self, folder: str, lowest: str) -> Iterator[ObjectInfo]:
+        def begin() -> Iterator[Any]:
+            stream = _obstore().list(self._client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS)
+            return iter(stream)
+
+        pages = self._guarded(folder, begin)
+        while (page := self._request("list", folder, lambda: next(pages, None))) is not None:
+            for meta in page:
+                yield _info(meta["path"], meta)
+
+    def delete(self, key: str) -> None:
+        self._writable(safe_key(key))
+        self._remove(key)
+
+    def _remove(self, key: str) -> None:
+        with suppress(KeyNotFound):
+            self._request("delete", key, lambda: _obstore().delete(self._client, key))
+
+    def _writable(self, key: str) -> None:
+        if self._read_only:
+            raise UnsupportedError("an http(s) URL is read-only", place=self.place(key), hint="write to its bucket")
+
+    def _request(self, verb: str, key: str, call: Callable[[], T]) -> T:
+        """`call`, counted, with its errors translated. One request, if obstore has nothing to retry."""
+        counters.add(f"store.{verb}.requests")
+        try:
+            result = self._guarded(key, call)
+        except KeyNotFound:
+            if not self._bucket_seen:  # a bare 404, to HEAD, does not say what is missing
+                self._require_bucket()
+            raise
+        self._bucket_seen = True
+        return result
+
+    def _guarded(self, key: str, call: Callable[[], T]) -> T:
+        global _runtime_pid
+        self._refuse_after_fork()
+        _runtime_pid = self._pid
+        with self._translated(key):
+            return call()
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except StokerError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever the client raises; its text may hold bodies and dumps
+            raise _typed_error(error, self.place(key), self.url) from None
+
+    def _refuse_after_fork(self) -> None:
+        pid = os.getpid()
+        if pid != self._pid or _runtime_pid not in (None, pid):
+            raise UnsupportedError(
+                "an object store client can't be used after a fork: it would hang",
+                value=f"process {pid}, forked from one that used it",
+                place=self.url,
+                hint='start the processes with "spawn" or "forkserver", or fetch in the parent',
+            )
+
+    def _require_bucket(self) -> None:
+        if self._read_only:
+            return
+        counters.add("store.list.requests")
+        self._guarded("", lambda: next(iter(_obstore().list(self._client, chunk_size=1)), None))
+        self._bucket_seen = True
+
+
+# Guarantees: write_at may be called from several threads. `_lock` guards `_waiting`, `_next`, `_draining`, `_failure`
+# and `_done`; only the one thread that set `_draining` (or the one in commit or abort, when it is not set) uses `_file`.
+class RemoteWriter(ObjectWriter):
+    """A multipart upload (one PUT if it is small) that grows in order; pieces that come early wait by reference."""
+
+    def __init__(self, store: RemoteStore, key: str, size_bytes: int) -> None:
+        self._store, self._key, self._size_bytes = store, key, size_bytes
+        self._coverage = Coverage(store.place(key), size_bytes)
+        self._lock = threading.Condition()
+        self._waiting: dict[int, memoryview] = {}
+        self._next = 0
+        self._draining = False
+        self._done = False
+        self._failure: BaseException | None = None
+        part_bytes = _part_bytes(size_bytes)
+        self._requests = 1 if size_bytes < part_bytes else 2 + -(-size_bytes // part_bytes)
+        self._file: Any = store._guarded(
+            key,
+            lambda: _obstore().open_writer(
+                store._client, key, buffer_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT
+            ),
+        )
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        self._coverage.claim(offset, len(view))
+        with self._lock:
+            self._require_open()
+            if len(view):
+                self._waiting[offset] = view
+            if self._draining or self._next not in self._waiting:
+                return
+            self._draining = True
+        self._drain()
+
+    def _drain(self) -> None:
+        """Send all pieces that are next in turn. One thread at a time; it may send what others bring meanwhile."""
+        try:
+            while True:
+                with self._lock:
+                    piece = self._waiting.pop(self._next, None)
+                    if piece is None or self._failure is not None:
+                        return
+                # Blocks while enough parts are in flight.
+                self._store._guarded(self._key, lambda part=piece: self._file.write(part))  # type: ignore[misc]
+                with self._lock:
+                    self._next += len(piece)
+        except BaseException as error:
+            with self._lock:
+                self._failure = error
+            raise
+        finally:
+            with self._lock:
+                self._draining = False
+                self._lock.notify_all()
+
+    def commit(self) -> ObjectInfo:
+        with self._lock:
+            self._require_open()
+            self._lock.wait_for(lambda: not self._draining)
+            self._require_open()
+            self._coverage.require_complete()
+            # From here on the object may appear, whatever we hear: there is nothing left to abort.
+            self._done = True
+        self._store._request("put", self._key, self._file.close)
+        counters.add("store.put.requests", self._requests - 1)
+        counters.add("store.put.bytes", self._size_bytes)
+        info = self._store.head(self._key)
+        if info.size != self._size_bytes:
+            raise ObjectChanged(
+                f"must hold the {self._size_bytes} bytes that were written",
+                value=f"{info.size} bytes",
+                place=self._store.place(self._key),
+                hint="another writer replaced it, or the store lost a part",
+            )
+        return info
+
+    def _require_open(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._done:
+            raise ConfigError("a writer can't be used after commit or abort", place=self._store.place(self._key))
+
+    def abort(self) -> None:
+        with self._lock:
+            if self._done:
+                return
+            self._done = True
+            self._failure = self._failure or ConfigError(
+                "a writer can't be used after commit or abort", place=self._store.place(self._key)
+            )
+            self._lock.wait_for(lambda: not self._draining)
+            self._waiting.clear()
+        cause = RuntimeError("aborted")
+        # The parts that were sent are removed as far as the store can be reached; nothing was published either way.
+        with suppress(StoreError, UnsupportedError):
+            self._store._guarded(self._key, lambda: self._file.__exit__(RuntimeError, cause, None))
+
+
+def _reopen(url: str, options: dict[str, Any]) -> RemoteStore:
+    return RemoteStore(url, **options)
+
+
+def _part_bytes(size_bytes: int) -> int:
+    needed = -(-size_bytes // _MAX_PARTS)
+    return max(_PART_BYTES, -(-needed // 2**20) * 2**20)
+
+
+def _info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
+    modified_s = meta["last_modified"].timestamp()
+    # Plain HTTP servers may send no tag. Then time and length are the best there is.
+    version = meta["e_tag"] or f"{modified_s:.6f}-{meta['size']}"
+    return ObjectInfo(key=key, size=meta["size"], version=version, modified_s=modified_s)
+
+
+# --- order of listings ------------------------------------------------------------------------------------------------
+#
+# S3 lists keys in lexical order: "a-b" < "a/b". Stores that keep folders as such (SeaweedFS, S3 directory buckets behind
+# some gateways) list a folder where its name stands: "a/b" < "a-b", and take an offset to mean "names after this one".
+# Both agree on everything but names that differ first in a character below "/". So we sort what may be out of order,
+# and never give an offset that could mean less than it says.
+
+_BELOW_SLASH = re.compile(r"[ -.]")
+_KEY_CHARACTERS = " +-.0123456789=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
+
+
+def _below(folder: str, text: str) -> str:
+    """A listing offset that comes before every key >= `text` of `folder`, in either order; "" if there is none.
+
+    >>> _below("log", "log/0007.json"), _below("", "b"), _below("log", "log/"), _below("", "step-01")
+    ('log/0006~', 'a~', '', 'steo~')
+    """
+    root = f"{folder}/" if folder else ""
+    rest = text.removeprefix(root)
+    if not text.startswith(root) or not is_key(rest):
+        return ""
+    stem = _BELOW_SLASH.split(rest, maxsplit=1)[0]
+    before = _KEY_CHARACTERS[_KEY_CHARACTERS.index(stem[-1]) - 1]
+    return f"{root}{stem[:-1]}{before}~"
+
+
+def _in_lexical_order(infos: Iterator[ObjectInfo], root: int) -> Iterator[ObjectInfo]:
+    """Sort a listing in either order, holding back no more than one sub-folder of the root (`root` characters deep)."""
+    held: list[tuple[str, ObjectInfo]] = []
+    for info in infos:
+        heappush(held, (info.key, info))
+        name, slash, _ = info.key[root:].partition("/")
+        # After a file of the root nothing smaller comes. After a file of a folder its sibling "folder-x" may come.
+        reached = f"{info.key[:root]}{name}\x01" if slash else info.key
+        while held and held[0][0] <= reached:
+            yield heappop(held)[1]
+    while held:
+        yield heappop(held)[1]
+
+
+# --- options and clients ----------------------------------------------------------------------------------------------
+
+_HTTP = ("http", "https")
+_AZURE = ("az", "abfs", "abfss")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Config:
+    """What a client is made of. Never printed: it holds secrets."""
+
+    native: dict[str, Any]
+    endpoint_url: str | None = None
+    headers: dict[str, str] | None = None
+
+
+def _parse(url: str, options: Mapping[str, Any]) -> tuple[str, str, str, _Config]:
+    """Scheme, bucket (host for HTTP), prefix and configuration; every mistake in them is found here."""
+    place = redact_url(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("the URL must be well formed", value=place, place="open_store") from None
+    scheme = parts.scheme.lower()
+    if parts.query or parts.fragment:
+        raise ConfigError("the URL of a store has no query and no fragment", value=place, place="open_store")
+    user, _, host = parts.netloc.rpartition("@")
+    if user and (":" in user or scheme not in _AZURE):
+        raise ConfigError(
+            "credentials do not belong in a URL", value=place, place="open_store", hint="pass key= and secret="
+        )
+    bucket = user or host
+    if not bucket:
+        raise ConfigError("the URL must name a bucket", value=place, place="open_store", hint=f"{scheme}://bucket/path")
+    prefix = parts.path.strip("/")
+    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
+        raise UnsafeName("the path of a URL must have no empty, '.' or '..' part", value=prefix, place=place)
+    given = {name: value for name, value in options.items() if value is not None}
+    if scheme in ("s3", "s3a"):
+        config = _s3(given, place)
+    elif scheme in ("gs", "gcs"):
+        config = _gcs(given, place)
+    elif scheme in _AZURE:
+        config = _azure(given, place, account=host.partition(".")[0] if user else None)
+    else:
+        config = _Config(native={}, endpoint_url=f"{scheme}://{parts.netloc}", headers=given.pop("headers", None))
+        _refuse_unknown(given, ("headers",), place)
+    if config.endpoint_url is not None and not config.endpoint_url.startswith(("http://", "https://")):
+        raise ConfigError("endpoint_url must begin with http:// or https://", value=config.endpoint_url, place=place)
+    return scheme, bucket, prefix, config
+
+
+def _s3(given: dict[str, Any], place: str) -> _Config:
+    names = {
+        "key": "access_key_id",
+        "secret": "secret_access_key",
+        "token": "session_token",
+        "region": "region",
+        "requester_pays": "request_payer",
+        "anon": "skip_signature",
+    }
+    client_kwargs = given.pop("client_kwargs", {})
+    if not isinstance(client_kwargs, Mapping):
+        raise ConfigError("client_kwargs must be a dict", value=type(client_kwargs).__name__, place=place)
+    _refuse_unknown(client_kwargs, ("endpoint_url", "region_name"), place, "client_kwargs option")
+    endpoint_url = given.pop("endpoint_url", client_kwargs.get("endpoint_url"))
+    if endpoint_url is None:
+        variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        endpoint_url = next((os.environ[name] for name in variables if os.environ.get(name)), None)
+    if "region_name" in client_kwargs:
+        given.setdefault("region", client_kwargs["region_name"])
+    native = _rename(given, names, place, extra=("endpoint_url", "client_kwargs"))
+    if ("access_key_id" in native) != ("secret_access_key" in native):
+        raise ConfigError("key and secret must be given together", place=place)
+    return _Config(native=native, endpoint_url=endpoint_url)
+
+
+def _gcs(given: dict[str, Any], place: str) -> _Config:
+    token, native = given.pop("token", None), {}
+    endpoint_url = given.pop("endpoint_url", None)
+    if token == "anon":
+        given.setdefault("anon", True)
+    elif isinstance(token, Mapping):
+        native["service_account_key"] = json.dumps(dict(token))
+    elif token is not None:
+        native["application_credentials"] = os.fspath(token)
+    native |= _rename(given, {"anon": "skip_signature"}, place, extra=("token", "endpoint_url"))
+    return _Config(native=native, endpoint_url=endpoint_url)
+
+
+def _azure(given: dict[str, Any], place: str, *, account: str | None) -> _Config:
+    names = {name: name for name in ("account_name", "account_key", "tenant_id", "client_id", "client_secret")}
+    names |= {"sas_token": "sas_key", "anon": "skip_signature"}
+    endpoint_url = given.pop("endpoint_url", None)
+    if account is not None:
+        given.setdefault("account_name", account)
+    native = _rename(given, names, place, extra=("endpoint_url",))
+    return _Config(native=native, endpoint_url=endpoint_url)
+
+
+def _rename(
+    given: Mapping[str, Any], names: Mapping[str, str], place: str, *, extra: tuple[str, ...]
+) -> dict[str, Any]:
+    _refuse_unknown(given, (*names, *extra), place)
+    renamed: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("anon", "requester_pays"):
+            if (flag := _flag(name, value, place)) is True:
+                renamed[names[name]] = flag
+        elif not isinstance(value, str):
+            raise ConfigError(f"{name} must be text", value=type(value).__name__, place=place)
+        else:
+            renamed[names[name]] = value
+    return renamed
+
+
+def _flag(name: str, value: object, place: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
+        return value.lower() in ("true", "1")
+    raise ConfigError(f"{name} must be true or false", value=type(value).__name__, place=place)
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], place: str, what: str = "option") -> None:
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"no such {what}", value=name, place=place, hint=f"there are {', '.join(sorted(known))}")
+
+
+def _make_client(scheme: str, place: str, bucket: str, prefix: str, config: _Config) -> Any:
+    # Also where the process was forked: constructing a client starts nothing.
+    _obstore()
+    from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
+
+    client_options = dict(_CLIENT_OPTIONS)
+    endpoint_url = (config.endpoint_url or "").rstrip("/")
+    if endpoint_url.startswith("http://"):
+        client_options["allow_http"] = True
+    if config.headers:
+        client_options["default_headers"] = dict(config.headers)
+    native: Any = dict(config.native)
+    common: dict[str, Any] = {"client_options": client_options, "retry_config": _RETRIES}
+    try:
+        if scheme in _HTTP:
+            return HTTPStore(f"{endpoint_url}/{prefix}", **common)
+        if endpoint_url:
+            native["base_url" if scheme in ("gs", "gcs") else "endpoint"] = endpoint_url
+        store_class = S3Store if scheme in ("s3", "s3a") else GCSStore if scheme in ("gs", "gcs") else AzureStore
+        return store_class(bucket, prefix=prefix or None, config=native, **common)
+    except Exception as error:  # noqa: BLE001 - raised again, typed
+        # Its text may quote the value that it does not like, which may be a secret: keep the first words only.
+        reason = _first_line(error).partition(":")[2].strip() or "the client refused its configuration"
+        raise ConfigError(_without(reason, native.values()), place=place) from None
+
+
+def _without(text: str, secrets: Any) -> str:
+    for secret in secrets:
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "***")
+    return text
+
+
+@lru_cache(maxsize=1)
+def _obstore() -> Any:
+    try:
+        import obstore
+    except ImportError as error:
+        raise MissingExtra(
+            "this URL needs the package obstore", place="open_store", hint="pip install obstore"
+        ) from error
+    return obstore
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class _RangeNotSatisfiable(StoreError):
+    """416: the range begins at or behind the object's end."""
+
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_METADATA_SERVICE = ("//169.254.169.254/", "//metadata.google.internal/", "//metadata/", "//169.254.170.2/")
+_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"}
+_FULL = {"QuotaExceeded", "QuotaExceededException", "XMinioStorageFull", "InsufficientStorage"}
+_ACCESS_HINTS = {
+    "SignatureDoesNotMatch": "the secret is wrong",
+    "InvalidAccessKeyId": "the store does not know this key",
+    "ExpiredToken": "the session token has expired: get a new one",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+}
+_NETWORK_REASONS = (
+    ("dns error", "the endpoint's name does not resolve"),
+    ("Connection refused", "nobody listens there"),
+    ("InvalidContentType", "the endpoint does not speak TLS"),
+    ("certificate", "the endpoint's certificate is not trusted"),
+    ("TimedOut", "timed out"),
+    ("operation timed out", "timed out"),
+    ("BadScheme", "https only"),
+)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _typed_error(error: Exception, place: str, root: str) -> Exception:
+    """The one clear sentence for an exception of obstore. Nothing of its text is quoted but codes."""
+    from obstore import exceptions
+
+    text = str(error)
+    head = text.partition("Debug source:")[0]
+    status = int(match[1]) if (match := _STATUS.search(head)) else 0
+    code = match[1] if (match := _CODE.search(head)) else ""
+    answer = f"{code} ({status})" if code else f"status {status}"
+    if any(service in head for service in _METADATA_SERVICE):
+        return AccessDenied(
+            "credentials must be given", place=root, hint="pass key= and secret=, set AWS_*, or pass anon=True"
+        )
+    if code in _NO_BUCKET:
+        return BucketNotFound("no such bucket", place=root)
+    if isinstance(error, exceptions.AlreadyExistsError):
+        return AlreadyExists("must not exist yet", place=place)
+    if isinstance(error, exceptions.PreconditionError):
+        return ObjectChanged("must still be the version that was asked for", place=place)
+    if isinstance(error, FileNotFoundError):
+        return KeyNotFound("no such object", place=place)
+    if isinstance(error, exceptions.NotSupportedError):
+        return UnsupportedError("the server must answer requests for byte ranges", place=place)
+    if isinstance(error, exceptions.InvalidPathError):
+        return UnsafeName("the store must accept the name", place=place)
+    if status == 416:
+        return _RangeNotSatisfiable("range behind the end", place=place)
+    if status in (401, 403) or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return AccessDenied("the store must accept the credentials", value=answer, place=place, hint=_access_hint(code))
+    if status == 507 or code in _FULL:
+        return StoreFull("needs more space than the store has left", value=answer, place=place)
+    if status in (301, 307, 308) or code == "AuthorizationHeaderMalformed":
+        return ConfigError("the bucket must be in the region that is asked", value=answer, place=root, hint="region=")
+    if status == 404:
+        return KeyNotFound("no such object", place=place)
+    if status == 429 or status >= 500:
+        return StoreUnavailable("the store must answer", value=f"{answer} after all retries", place=place)
+    if status:
+        return StoreError("the store must do what it is asked", value=answer, place=place)
+    reason = next((reason for mark, reason in _NETWORK_REASONS if mark in text), "no usable answer")
+    return StoreUnavailable("the store must answer", value=reason, place=place)
+
+
+def _access_hint(code: str) -> str:
+    return _ACCESS_HINTS.get(code, "check the key, its permissions and the region")

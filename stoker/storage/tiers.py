@@ -1,0 +1,598 @@
+"""One tier of the block cache: a private directory of immutable, self-describing files, shared by a node's processes.
+
+::
+
+    CACHEDIR.TAG                says that stoker made the directory; backup programs skip what holds it
+    lock                        capacity, bytes in use, and the byte offsets that are locked
+    blocks/ab/abcdef…           one block: a header that binds it to its object and range, then its bytes
+    tmp/{size}-{nonce}          being written, locked by its writer
+
+The directory is the index. What a killed process leaves is an unlocked temporary file, found and removed at the next
+start. A block appears whole, by rename, and disappears by unlink, never by truncation: who has it mapped keeps it.
+Anything else in the directory belongs to someone else and is neither counted nor touched.
+"""
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import re
+import stat
+import struct
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import AccessDenied, ConfigError, DeadlineExceeded, UnknownVersion
+from ..metrics import counters
+from ._checksums import crc32c
+from ._locks import lock, try_lock, unlock
+from ._posix import UnnamedFile, make_directories, pread_into, pwrite_all
+from ._units import format_bytes
+
+__all__ = ["BlockFile", "Tier"]
+
+logger = logging.getLogger(__name__)
+
+_TAG_NAME = "CACHEDIR.TAG"
+_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# "  # https://bford.info/cachedir/
+_TAG_KIND, _TAG_VERSION = b"stoker block cache v", b"1"
+
+_LOCK_FILE = struct.Struct("<8sQQ")  # magic, capacity, bytes in use
+_LOCK_MAGIC = b"STKTIER1"
+_START, _PRESENCE, _USAGE = 1024, 1025, 1026  # offsets in the lock file that are locked; nothing is stored there
+_LOCK_TIMEOUT_S = 5.0  # I6: nobody waits longer for a process that stopped; the cache does without instead
+
+_HEADER = struct.Struct(
+    "<8sIIQ16sII"
+)  # magic, header bytes, CRC32C of payload, payload bytes, name, text bytes, CRC32C
+_HEADER_MAGIC = b"STKBLK01"
+_PAGE = 4096
+
+_BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
+_FOLDER_NAME = re.compile(r"[0-9a-f]{2}")
+_TEMPORARY_NAME = re.compile(r"\d{1,15}-[0-9a-f]{16}")
+
+
+class BlockFile:
+    """How one block is stored: its file name, its header and its place in the file.
+
+    Args:
+        name: 32 hexadecimal digits that identify block, range and checksum.
+        text: what the name is the digest of, for people who look into the directory; part of the header.
+        length: payload bytes. crc: their CRC32C.
+    """
+
+    __slots__ = ("_text", "crc", "header_bytes", "length", "name", "size_bytes")
+
+    def __init__(self, name: str, text: bytes, length: int, crc: int) -> None:
+        self.name, self._text, self.length, self.crc = name, text, length, crc
+        # The payload starts on a page, so that views of it are aligned and O_DIRECT could read it.
+        self.header_bytes = -(-(_HEADER.size + len(text)) // _PAGE) * _PAGE
+        self.size_bytes = self.header_bytes + -(-length // _PAGE) * _PAGE
+
+    def header(self) -> bytes:
+        """The first `header_bytes` of the file."""
+        name = bytes.fromhex(self.name)
+        fields = (_HEADER_MAGIC, self.header_bytes, self.crc, self.length, name, len(self._text))
+        check = crc32c(self._text, crc32c(_HEADER.pack(*fields, 0)))
+        return (_HEADER.pack(*fields, check) + self._text).ljust(self.header_bytes, b"\0")
+
+
+# Guarantees: every method may be called from any thread. `_mutex` guards the lock file's descriptor and with it, through
+# `_usage()`, the shared counter. `_maps` and `_verified` are only touched in single atomic operations.
+class Tier:
+    """A directory of blocks with a capacity that all processes of the node keep together.
+
+    The limit of the first process to open the directory binds the others until all have closed it.
+
+    Args:
+        path: the directory; made with mode 0700 if it is missing.
+        kind: ``"ram"`` or ``"disk"``, for counters and messages.
+        capacity: bytes, given the bytes that are free or in use by the tier now.
+        asked_bytes: what the user asked for, if he did: differing from the limit in force is worth a warning.
+        durable: ``fdatasync`` each block before it gets its name.
+
+    Raises:
+        AccessDenied: the directory is a link, not ours, or open to others.
+        ConfigError: it is in use for something else.
+        UnknownVersion: a newer stoker made it.
+        OSError: it can't be made or locked.
+    """
+
+    def __init__(
+        self, path: Path, *, kind: str, capacity: Callable[[int], int], asked_bytes: int | None, durable: bool
+    ) -> None:
+        self.path, self.kind = path, kind
+        self._capacity_rule, self._asked_bytes, self._durable = capacity, asked_bytes, durable
+        self._reset()
+        self._directory_fd = _open_directory(path)
+        try:
+            with self._mutex:
+                self._attach()
+        except BaseException:
+            os.close(self._directory_fd)
+            raise
+        _live.add(self)
+
+    def _reset(self) -> None:
+        self._mutex = threading.RLock()
+        self._lock_fd = -1
+        self._writing_fds: set[int] = set()
+        self._maps: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
+        self._verified: set[int] = set()
+        self._closed = False
+        self._broken = False
+        self.corrupt = 0
+
+    # -- opening, closing, forking
+
+    def _attach(self) -> None:
+        """Open the lock file and announce this process; if it is the only one, tidy up and set the limit."""
+        self._lock_fd = os.open(
+            "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory_fd
+        )
+        try:
+            lock(self._lock_fd, _START, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
+            try:
+                first = try_lock(self._lock_fd, _PRESENCE)
+                if first or self._read_state() is None:
+                    self._begin()
+                if not try_lock(self._lock_fd, _PRESENCE, shared=True):  # pragma: no cover - START is ours
+                    raise OSError(errno.EDEADLK, "presence lock refused")
+                if not first:
+                    self._remove_leftovers(subtract=True)
+            finally:
+                unlock(self._lock_fd, _START)
+        except BaseException:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+            raise
+        limit = self.capacity_bytes
+        if self._asked_bytes is not None and limit != self._asked_bytes:
+            logger.warning(
+                "the limit in force for the %s tier in %s is %s, not the %s asked for",
+                self.kind,
+                self.path,
+                format_bytes(limit),
+                format_bytes(self._asked_bytes),
+            )
+
+    def _begin(self) -> None:
+        for folder in ("blocks", "tmp"):
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700, dir_fd=self._directory_fd)
+        self._remove_leftovers(subtract=False)
+        used = sum(size for folder in self._folders() for _, size in self._files(folder, _BLOCK_NAME))
+        free = os.statvfs(self._directory_fd)
+        self._write_state(self._capacity_rule(free.f_bavail * free.f_frsize + used), used)
+
+    def _read_state(self) -> tuple[int, int] | None:
+        raw = os.pread(self._lock_fd, _LOCK_FILE.size, 0)
+        if len(raw) != _LOCK_FILE.size:
+            return None
+        magic, capacity, used = _LOCK_FILE.unpack(raw)
+        return (capacity, used) if magic == _LOCK_MAGIC else None
+
+    def _write_state(self, capacity: int, used: int) -> None:
+        pwrite_all(self._lock_fd, _LOCK_FILE.pack(_LOCK_MAGIC, capacity, max(0, used)), 0)
+
+    def _remove_leftovers(self, *, subtract: bool) -> None:
+        """Remove temporary files whose writer is gone: those that nobody holds locked."""
+        with self._usage() as state:
+            for name, _ in self._files("tmp", _TEMPORARY_NAME):
+                fd = os.open(f"tmp/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+                try:
+                    if try_lock(fd, 0):
+                        os.unlink(f"tmp/{name}", dir_fd=self._directory_fd)
+                        counters.add(f"cache.{self.kind}.reclaimed")
+                        if subtract:
+                            state.add(-int(name.partition("-")[0]))
+                finally:
+                    os.close(fd)
+
+    def close(self) -> None:
+        """Leave the tier. Blocks stay, views stay valid, nothing can be admitted any more."""
+        with self._mutex:
+            if not self._closed:
+                self._closed = True
+                self._drop_descriptors()
+                os.close(self._directory_fd)
+                _live.discard(self)
+
+    def _drop_descriptors(self) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _after_fork(self) -> None:
+        """In a forked child: give up the parent's locks; the first use takes our own."""
+        for fd in self._writing_fds:
+            with suppress(OSError):
+                os.close(fd)
+        with suppress(OSError):
+            self._drop_descriptors()
+        closed = self._closed
+        self._reset()
+        self._closed = closed
+
+    # -- the shared counter
+
+    @contextmanager
+    def _usage(self) -> Iterator["_Usage"]:
+        """Exclusive hold of the counter, also against the threads of this process.
+
+        Whoever holds it counts before it makes a file and after it removes one: killed between the two, the tier looks
+        fuller than it is until the next sole opener counts anew, and never emptier.
+        """
+        if not self._mutex.acquire(timeout=_LOCK_TIMEOUT_S):
+            raise DeadlineExceeded(f"a lock must become free within {_LOCK_TIMEOUT_S:g} s", place=str(self.path))
+        try:
+            if self._lock_fd < 0:
+                self._attach()
+            lock(self._lock_fd, _USAGE, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
+            try:
+                yield _Usage(self)
+            finally:
+                unlock(self._lock_fd, _USAGE)
+        finally:
+            self._mutex.release()
+
+    def _state(self) -> tuple[int, int]:
+        with self._mutex:
+            if self._closed:
+                return (0, 0)
+            if self._lock_fd < 0:
+                self._attach()
+            return self._read_state() or (0, 0)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The limit in force; 0 after close."""
+        return self._state()[0]
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all blocks of all processes, those being written included."""
+        return self._state()[1]
+
+    # -- reading
+
+    def lookup(self, block: BlockFile) -> memoryview | None:
+        """The payload of a block as a read-only view of its file, or None if there is no healthy copy here.
+
+        The view stays valid as long as it is referenced, also when the block is removed. Checked against `block` when
+        this process opens the file for the first time; a copy that differs is removed and counted.
+        """
+        mapped = self._maps.get(block.name)
+        if mapped is None:
+            try:
+                mapped = self._open(block)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            except OSError as error:
+                self._degrade(error, "read")
+                return None
+            if mapped is None:
+                return None
+            self._maps[block.name] = mapped
+        start = block.header_bytes
+        return memoryview(mapped).cast("B")[start : start + block.length].toreadonly()
+
+    def _open(self, block: BlockFile) -> "ctypes.Array[ctypes.c_ubyte] | None":
+        path = _path(block.name)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
+                return None
+            identity = hash((block.name, info.st_ino, info.st_mtime_ns))
+            if info.st_size == block.size_bytes:
+                mapped = _map_readonly(fd, info.st_size)
+                if identity in self._verified or self._is_healthy(fd, mapped, block):
+                    self._verified.add(identity)
+                    return mapped
+            self._remove_corrupt(path, info)
+            return None
+        finally:
+            os.close(fd)
+
+    def _is_healthy(self, fd: int, mapped: "ctypes.Array[ctypes.c_ubyte]", block: BlockFile) -> bool:
+        start = block.header_bytes
+        header = memoryview(bytearray(start))
+        try:
+            if pread_into(fd, header, 0) != start or header != block.header():
+                return False
+            if self._durable:
+                # Read a disk before touching the mapping: a bad sector is an error here and kills with SIGBUS there.
+                return _crc32c_of_file(fd, start, block.length) == block.crc
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+        return crc32c(memoryview(mapped).cast("B")[start : start + block.length]) == block.crc
+
+    def _remove_corrupt(self, path: str, info: os.stat_result) -> None:
+        self.corrupt += 1
+        counters.add("cache.corrupt")
+        counters.add(f"cache.{self.kind}.corrupt")
+        logger.warning("removed a damaged block from the %s tier: %s", self.kind, self.path / path)
+        with suppress(FileNotFoundError, DeadlineExceeded), self._usage() as state:
+            # Another process may have put a healthy copy in its place by now.
+            if os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False).st_ino == info.st_ino:
+                os.unlink(path, dir_fd=self._directory_fd)
+                state.add(-info.st_size)
+
+    # -- writing
+
+    def admit(self, block: BlockFile, payload: memoryview) -> bool:
+        """Store a block if there is room; False if not, or if the file system refuses. Never raises for either."""
+        if self._closed or self._broken:
+            return False
+        try:
+            fd, temporary = self._reserve(block)
+        except (DeadlineExceeded, OSError) as error:
+            self._degrade(error, "write")
+            return False
+        if fd < 0:
+            return False
+        try:
+            os.posix_fallocate(fd, 0, block.size_bytes)
+            pwrite_all(fd, block.header(), 0)
+            pwrite_all(fd, payload, block.header_bytes)
+            if self._durable:
+                os.fdatasync(fd)
+            self._publish(block, temporary)
+        except (DeadlineExceeded, OSError) as error:
+            self._degrade(error, "write")
+            self._discard(block, temporary)
+            return False
+        except BaseException:
+            self._discard(block, temporary)
+            raise
+        finally:
+            self._writing_fds.discard(fd)
+            os.close(fd)
+        counters.add(f"cache.{self.kind}.admitted")
+        return True
+
+    def _reserve(self, block: BlockFile) -> tuple[int, str]:
+        """Take room for a block and open its temporary file; (-1, "") if there is no room."""
+        temporary = f"tmp/{block.size_bytes}-{os.urandom(8).hex()}"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with self._usage() as state:
+            if state.used + block.size_bytes > state.capacity:
+                return -1, ""
+            state.add(block.size_bytes)
+            try:
+                fd = os.open(temporary, flags, 0o600, dir_fd=self._directory_fd)
+            except OSError:
+                state.add(-block.size_bytes)
+                raise
+            self._writing_fds.add(fd)
+            try_lock(fd, 0)  # nobody else can hold it: whoever looks for leftovers waits for the counter
+        return fd, temporary
+
+    def _publish(self, block: BlockFile, temporary: str) -> None:
+        path = _path(block.name)
+        fds = {"src_dir_fd": self._directory_fd, "dst_dir_fd": self._directory_fd}
+        with self._usage() as state:
+            with suppress(FileNotFoundError):
+                os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False)
+                # Another process was faster. Its copy is as good, and counted; ours goes.
+                os.unlink(temporary, dir_fd=self._directory_fd)
+                state.add(-block.size_bytes)
+                return
+            try:
+                os.rename(temporary, path, **fds)
+            except FileNotFoundError:
+                os.mkdir(os.path.dirname(path), 0o700, dir_fd=self._directory_fd)
+                os.rename(temporary, path, **fds)
+
+    def _discard(self, block: BlockFile, temporary: str) -> None:
+        with suppress(OSError, DeadlineExceeded), self._usage() as state:
+            os.unlink(temporary, dir_fd=self._directory_fd)
+            state.add(-block.size_bytes)
+
+    def _degrade(self, error: Exception, act: str) -> None:
+        # One that is full may have room again. One that fails is asked for no more writes: each might cost seconds.
+        if act == "write" and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            self._broken = True
+        counters.add("cache.degraded")
+        counters.add(f"cache.{self.kind}.degraded")
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        warn_once(f"can't {act} blocks in the {self.kind} tier {self.path} ({reason}): going on without it")
+
+    def clear(self) -> int:
+        """Remove all blocks, of all processes; those in use stay valid. Returns the bytes."""
+        removed = 0
+        for folder in self._folders():
+            with self._usage() as state:
+                for name, size in self._files(folder, _BLOCK_NAME):
+                    os.unlink(f"{folder}/{name}", dir_fd=self._directory_fd)
+                    state.add(-size)
+                    removed += size
+        return removed
+
+    def _folders(self) -> list[str]:
+        with self._directory("blocks") as fd:
+            return [f"blocks/{name}" for name in sorted(os.listdir(fd)) if _FOLDER_NAME.fullmatch(name)]
+
+    def _files(self, folder: str, names: re.Pattern[str]) -> list[tuple[str, int]]:
+        """Name and size of the files that are ours by name, kind and owner."""
+        found = []
+        with suppress(FileNotFoundError, NotADirectoryError), self._directory(folder) as fd, os.scandir(fd) as entries:
+            for entry in entries:
+                if names.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    info = entry.stat(follow_symlinks=False)
+                    if info.st_uid == os.geteuid():
+                        found.append((entry.name, info.st_size))
+        return found
+
+    @contextmanager
+    def _directory(self, name: str) -> Iterator[int]:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+class _Usage:
+    """The shared counter while it is held."""
+
+    __slots__ = ("_tier", "capacity", "used")
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self.capacity, self.used = tier._read_state() or (0, 0)
+
+    def add(self, size_bytes: int) -> None:
+        """Count bytes in, or out if negative, for all processes at once."""
+        self.used += size_bytes
+        self._tier._write_state(self.capacity, self.used)
+
+
+def _path(name: str) -> str:
+    return f"blocks/{name[:2]}/{name}"
+
+
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+
+def _open_directory(path: Path) -> int:
+    """Open the tier's directory, making it if it is missing; checked at every start."""
+    make_directories(path)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise AccessDenied("a cache directory must not be a link", place=str(path)) from error
+        raise
+    try:
+        info = os.fstat(fd)
+        if info.st_uid != os.geteuid():
+            raise AccessDenied(
+                "a cache directory must belong to this user",
+                value=f"user {info.st_uid}",
+                place=str(path),
+                hint="name a directory of your own",
+            )
+        if not _has_tag(fd, path):
+            if set(os.listdir(fd)) and not _has_tag(fd, path):  # asked again: another process may have just made it
+                raise ConfigError(
+                    "a cache directory must be empty or made by stoker",
+                    value=f"{len(os.listdir(fd))} other entries",
+                    place=str(path),
+                    hint="name a directory of its own",
+                )
+            os.fchmod(fd, 0o700)
+            _write_tag(path)
+        elif info.st_mode & 0o077:
+            raise AccessDenied(
+                "a cache directory must have mode 0700",
+                value=f"{stat.S_IMODE(info.st_mode):#o}",
+                place=str(path),
+                hint="find out who opened it to others, then chmod 700",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _has_tag(directory_fd: int, path: Path) -> bool:
+    try:
+        fd = os.open(_TAG_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
+    except FileNotFoundError:
+        return False
+    try:
+        raw = os.pread(fd, 256, 0)
+    finally:
+        os.close(fd)
+    if not raw.startswith(_TAG + _TAG_KIND):
+        return False
+    version = raw[len(_TAG + _TAG_KIND) :].strip()
+    if version != _TAG_VERSION:
+        raise UnknownVersion(
+            "a cache directory must be of version 1",
+            value=version.decode(errors="replace"),
+            place=str(path),
+            hint="name another directory, or remove this one",
+        )
+    return True
+
+
+def _write_tag(path: Path) -> None:
+    tag = UnnamedFile(path)
+    try:
+        pwrite_all(tag.fd, _TAG + _TAG_KIND + _TAG_VERSION + b"\n", 0)
+        with suppress(FileExistsError):
+            tag.link(path / _TAG_NAME)
+    finally:
+        tag.close()
+
+
+# --- mapping ----------------------------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+def _map_readonly(fd: int, length: int) -> "ctypes.Array[ctypes.c_ubyte]":
+    """Map a file until the last view of the array is gone.
+
+    Not :mod:`mmap`: before Python 3.13 its objects keep a file descriptor each, and a loader that holds a thousand
+    blocks would meet the usual limit of 1,024.
+    """
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
+    if address is None or address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    array = (ctypes.c_ubyte * length).from_address(address)
+    # Not at exit: other threads may still read, and the kernel unmaps everything anyway.
+    weakref.finalize(array, _libc.munmap, address, length).atexit = False
+    return array
+
+
+def _crc32c_of_file(fd: int, start: int, length: int) -> int:
+    scratch = memoryview(bytearray(min(length, 2**20)))
+    check = done = 0
+    while done < length:
+        piece = scratch[: length - done]
+        if pread_into(fd, piece, start + done) != len(piece):
+            raise OSError(errno.EIO, "file ends early")
+        check, done = crc32c(piece, check), done + len(piece)
+    return check
+
+
+# --- once in a process ------------------------------------------------------------------------------------------------
+
+_live: "weakref.WeakSet[Tier]" = weakref.WeakSet()
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Log a warning, the first time in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("%s", message)
+
+
+def _after_fork_in_child() -> None:
+    for tier in list(_live):
+        tier._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
