@@ -38,7 +38,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+        x = x + self.down(F.gelu(self.up(self.norm_2(x))))
+        return x
 
 
 class GPT(nn.Module):

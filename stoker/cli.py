@@ -63,3 +63,7 @@ def _fail(error: StokerError, arguments: list[str]) -> int:
     if "--json" in arguments:
         sys.stdout.write(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}) + "\n")
     return 2 if isinstance(error, (ConfigError, UnsupportedError)) else 1
+
+
+if __name__ == "__main__":
+    main()

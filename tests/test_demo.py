@@ -1,0 +1,97 @@
+"""The demonstration's judge, and the demonstration."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stoker.checkpoint import save
+from stoker.demo import compare_checkpoints, compare_runs, read_events, train_script
+
+STRAIGHT = [{"event": "step", "step": step, "loss": 1 / step} for step in range(1, 7)]
+
+
+def test_a_killed_run_with_the_same_losses_is_identical_also_where_steps_were_done_twice() -> None:
+    resumed = [*STRAIGHT[:4], {"event": "saving", "step": 4}, {"event": "resumed", "step": 2}, *STRAIGHT[2:]]
+    assert compare_runs(STRAIGHT, resumed, 6).identical
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_one_flipped_loss_is_found(step: int) -> None:
+    flipped: list[dict[str, Any]] = [dict(event) for event in STRAIGHT]
+    flipped[step - 1]["loss"] += 2**-50
+    verdict = compare_runs(STRAIGHT, flipped, 6)
+    assert not verdict.identical
+    assert verdict.reason.startswith(f"step {step}: loss")
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_one_missing_step_is_found(step: int) -> None:
+    missing = [event for event in STRAIGHT if event["step"] != step]
+    assert compare_runs(STRAIGHT, missing, 6).reason == f"step {step} is missing"
+    assert compare_runs(missing, STRAIGHT, 6).reason == f"step {step} is missing"
+
+
+def test_a_repeated_step_with_another_loss_is_found() -> None:
+    assert not compare_runs(STRAIGHT, [*STRAIGHT, {"event": "step", "step": 3, "loss": 0.5}], 6).identical
+
+
+def test_checkpoints_are_compared_bit_by_bit(tmp_path: Path) -> None:
+    weights = torch.arange(1000.0)
+    save(tmp_path / "a", {"w": weights})
+    save(tmp_path / "b", {"w": weights.clone()})
+    other = weights.clone()
+    other[500] = 500.00003
+    save(tmp_path / "c", {"w": other})
+    assert compare_checkpoints(tmp_path / "a", tmp_path / "b").identical
+    assert compare_checkpoints(tmp_path / "a", tmp_path / "c").reason == "tensor w differs"
+
+
+def test_a_line_torn_by_a_kill_is_no_event(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text('{"event": "step", "step": 1, "loss": 2.5}\n{"event": "st')
+    assert read_events(log) == [{"event": "step", "step": 1, "loss": 2.5}]
+
+
+def stoker(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stoker.cli", *arguments]
+    # One thread: two that spin for each other make no progress on a machine that is busy with something else.
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_whole_demonstration_ends_with_ok(tmp_path: Path) -> None:
+    done = stoker("demo", "--steps", "45", "--corpus-files", "60", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    assert report["resume_bit_identical"] is True
+    assert report["resumed_from_step"] < report["killed_in_save_of_step"]
+    assert len(report["losses"]) == 45
+    assert report["losses"][-1] < report["losses"][0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_in_use_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    done = stoker("demo", "--dir", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "the directory must be empty" in done.stderr
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_the_training_script_is_handed_over_and_short(tmp_path: Path) -> None:
+    done = stoker("demo", "--copy", str(tmp_path / "mine"), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    copied = tmp_path / "mine" / "train.py"
+    assert copied.read_bytes() == train_script().read_bytes()
+    assert len(copied.read_text().splitlines()) <= 150
+    again = stoker("demo", "--copy", str(tmp_path / "mine"), cwd=tmp_path)
+    assert again.returncode == 2
