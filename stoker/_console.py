@@ -51,6 +51,11 @@ class Meter:
     def __init__(self, bar: Any = None, task: Any = None) -> None:
         self._bar, self._task = bar, task
 
+    def set_total(self, total: float) -> None:
+        """Say how much there is to do, once it is known."""
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+
     def advance(self, amount: float) -> None:
         """Add `amount` in the units that :func:`progress` was given."""
         if self._bar is not None:

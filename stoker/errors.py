@@ -137,6 +137,13 @@ class CorruptionError(StokerError, OSError):
     """Bytes that are not what was written."""
 
 
+class _Checksum(int):
+    """A CRC32C that prints as it is usually written."""
+
+    def __str__(self) -> str:
+        return f"{int(self):#010x}"
+
+
 class CorruptBlock(CorruptionError):
     """A block differs from its checksum at its origin, so no healthy copy is left to fetch.
 
@@ -148,7 +155,7 @@ class CorruptBlock(CorruptionError):
         self.key, self.start, self.end, self.expected, self.got = key, start, end, expected, got
         super().__init__(
             f"bytes [{start}, {end}) must have CRC32C {expected:#010x}",
-            value=f"{got:#010x}",
+            value=_Checksum(got),
             place=key,
             hint=hint or "the stored object is damaged: restore it from its source",
         )

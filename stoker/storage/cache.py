@@ -197,7 +197,7 @@ class TieredCache:
         self._lock = threading.Condition()
         self._flights: dict[str, _Flight] = {}
         self._queue: OrderedDict[str, _Wanted] = OrderedDict()
-        self._held: OrderedDict[str, tuple[memoryview, int]] = OrderedDict()
+        self._held: dict[str, tuple[memoryview, int]] = {}
         self._failed: dict[str, BaseException] = {}
         self._prefetch_bytes = 0
         self._next_order = 0
@@ -391,7 +391,7 @@ class TieredCache:
     def _make_room(self, size_bytes: int) -> None:
         """Let go of held blocks that the reader passed by: it has taken one that was asked for later."""
         while self._held and self._prefetch_bytes + size_bytes > self._prefetch_limit:
-            name, (view, order) = next(iter(self._held.items()))
+            name, (view, order) = min(self._held.items(), key=lambda item: item[1][1])  # they land in any order
             if order > self._taken_order:
                 return
             del self._held[name]

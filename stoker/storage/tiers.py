@@ -399,7 +399,7 @@ class Tier:
 
     def _degrade(self, error: Exception, act: str) -> None:
         # One that is full may have room again. One that fails is asked for no more writes: each might cost seconds.
-        if act == "write" and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if act == "write" and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             self._broken = True
         counters.add("cache.degraded")
         counters.add(f"cache.{self.kind}.degraded")

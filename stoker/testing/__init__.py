@@ -1,0 +1,9 @@
+"""What proves stoker, for its own tests and for yours: contract suites, pytest fixtures, a real S3 server.
+
+Needs the extra ``stoker[testing]``. A new object store is right when a subclass of
+:class:`stoker.testing.store.StoreTests` passes; that module imports pytest, so it is not imported here.
+"""
+
+from .s3 import S3Server
+
+__all__ = ["S3Server"]
