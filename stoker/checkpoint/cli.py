@@ -44,11 +44,12 @@ def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None)
             except (CorruptionError, KeyNotFound) as error:
                 rows.append({**row, "error": str(error)})
                 continue
-            files = [*manifest.blobs.values(), *manifest.states.values()]
+            sizes = [blob.size_bytes for blob in manifest.blobs.values()]
+            sizes += [state.size_bytes for state in manifest.states.values()]
             rows.append(
                 {
                     **row,
-                    "bytes": sum(file.size_bytes for file in files),
+                    "bytes": sum(sizes),
                     "age_s": round(max(0.0, time() - modified_s), 1),
                     "world_size": manifest.world_size,
                     "tensors": len(manifest.tensor_names),
@@ -92,10 +93,11 @@ def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageO
         tensors.append({"name": name, "dtype": info.dtype, "shape": shape, "chunks": len(chunks), "bytes": size})
         extent = "x".join(map(str, shape)) or "scalar"
         lines.append((name, info.dtype, extent, str(len(chunks)), format_bytes(size)))
-    states = [{"path": state.path, "bytes": state.size_bytes} for state in manifest.states.values()]
-    blobs = [{"path": blob.path, "bytes": blob.size_bytes} for blob in manifest.blobs.values()]
-    files = [("file", "bytes")]
-    files += [(f.path, format_bytes(f.size_bytes)) for f in (*manifest.states.values(), *manifest.blobs.values())]
+    states: list[dict[str, Any]] = [
+        {"path": state.path, "bytes": state.size_bytes} for state in manifest.states.values()
+    ]
+    blobs: list[dict[str, Any]] = [{"path": blob.path, "bytes": blob.size_bytes} for blob in manifest.blobs.values()]
+    files = [("file", "bytes"), *((one["path"], format_bytes(one["bytes"])) for one in (*states, *blobs))]
     report = {
         "ok": True,
         "url": store.url,
@@ -107,7 +109,8 @@ def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageO
         "states": states,
         "blobs": blobs,
     }
-    head = f"step {found} of {store.url}, saved by {manifest.world_size} ranks in {directory}"
+    ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+    head = f"step {found} of {store.url}, saved by {ranks} in {directory}"
     emit(report, f"{head}\n\n{_table(lines)}\n{_table(files)}", as_json=json)
 
 

@@ -194,8 +194,8 @@ class StokerWriter(StorageWriter):
         ...     _ = dcp.save({"w": torch.arange(3), "epoch": 7}, storage_writer=writer)
         >>> state = {"w": torch.zeros(3, dtype=torch.int64), "epoch": 0}
         >>> dcp.load(state, storage_reader=StokerReader(root.name))
-        >>> writer.step, state
-        (0, {'epoch': 7, 'w': tensor([0, 1, 2])})
+        >>> writer.step, state["epoch"], state["w"]
+        (0, 7, tensor([0, 1, 2]))
         >>> root.cleanup()
     """
 

@@ -4,22 +4,18 @@ import hashlib
 import logging
 import os
 import socket
-import threading
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
-from time import monotonic, perf_counter, time
+from dataclasses import dataclass, replace
+from time import monotonic, perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 
 from ..errors import (
     ConfigError,
     DeadlineExceeded,
-    RootNotShared,
     StokerError,
     UnsupportedError,
 )
@@ -37,27 +33,27 @@ from .commit import (
     write_manifest,
 )
 from .handle import SaveHandle
+from .job import Job
 from .log import (
     CheckpointLog,
     LiveStep,
     Record,
-    collect_record,
     commit_record,
     keep_all,
     nonce_of,
     open_record,
-    parse_step_directory,
     step_directory,
 )
 from .log import (
     keep_last as keep_newest,
 )
 from .manifest import Fragment, StateInfo
-from .plan import make_plan, plan_signature
+from .plan import Plan, make_plan, plan_signature
 from .reader import StepReader, read_manifest, resolve_step
 from .restore import RestoreReport, restore_tree
+from .retire import Retirement
 from .stage import BlobSave, StagedLayout
-from .tree import TreeView, view_tree
+from .tree import TreeView, state_path, view_tree
 
 __all__ = ["CheckpointManager", "load", "save"]
 
@@ -127,9 +123,9 @@ class CheckpointManager:
             raise ConfigError("keep_last must be >= 1 or None", value=keep_last, place="CheckpointManager")
         self._store: ObjectStore = open_store(os.fspath(url), **(storage_options or {}))
         self._log = CheckpointLog(self._store)
-        self._keep_last, self._timeout_s, self._grace_s = keep_last, persist_timeout_s, grace_s
-        self._group: dist.ProcessGroup | None = None
-        self.rank, self.world_size, self._run_id = self._join(rank, world_size, run_id)
+        self._keep_last, self._timeout_s = keep_last, persist_timeout_s
+        self._job = Job.join(self._store, rank, world_size, run_id)
+        self._retirement = Retirement(self._store, self._log, grace_s=grace_s)
         self._root_id = root_id_of(self._store.url)
         self._host = socket.gethostname()
         self._threads = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="stoker-write")
@@ -142,65 +138,18 @@ class CheckpointManager:
         self._arena: Arena | None = None
         self._layout: StagedLayout | None = None
         self._pending: tuple[SaveHandle, Future[None]] | None = None
-        self._garbage: list[tuple[float, str]] = []
-        self._writing = threading.Event()
-        self._collected = False
         self._closed = False
         sweep_dead_arenas(keep_root_id=self._root_id)
 
-    # ------------------------------------------------------------------------------------------------------- the job
+    @property
+    def rank(self) -> int:
+        """This process's rank in the job."""
+        return self._job.rank
 
-    def _join(self, rank: int | None, world_size: int | None, run_id: str | None) -> tuple[int, int, str]:
-        given = (rank, world_size, run_id)
-        if not (dist.is_available() and dist.is_initialized()):
-            if given == (None, None, None) or world_size == 1:
-                return rank or 0, 1, run_id or uuid.uuid4().hex
-            if rank is None or world_size is None or run_id is None:
-                raise ConfigError(
-                    "without a process group a job of several ranks passes rank, world_size and run_id",
-                    value=f"rank={rank}, world_size={world_size}, run_id={run_id!r}",
-                    place="CheckpointManager",
-                )
-            if not 0 <= rank < world_size:
-                raise ConfigError(f"rank must be in [0, {world_size})", value=rank, place="CheckpointManager")
-            return rank, world_size, run_id
-        if given != (None, None, None):
-            raise ConfigError(
-                "rank, world_size and run_id come from the process group", value=given, place="CheckpointManager"
-            )
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        if world_size == 1:
-            return 0, 1, uuid.uuid4().hex
-        # Never NCCL: the group that carries gradients must not wait for a disk.
-        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        run_id = self._from_rank_0(uuid.uuid4().hex)
-        self._check_root_is_shared(rank, run_id)
-        return rank, world_size, run_id
-
-    def _from_rank_0(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank. The only collectives of this class: at construction and at restore."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
-        return box[0]
-
-    def _check_root_is_shared(self, rank: int, run_id: str) -> None:
-        key = f"probe/{run_id}"
-        if rank == 0:
-            self._store.put(key, b"seen by every rank")
-        dist.barrier(self._group)
-        seen = self._store.exists(key)
-        everybody: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(everybody, seen, group=self._group)
-        if rank == 0:
-            self._store.delete(key)
-        if not all(everybody):
-            blind = [r for r, sees in enumerate(everybody) if not sees]
-            raise RootNotShared(
-                "every rank must see the same root",
-                value=f"ranks {blind} do not see what rank 0 wrote",
-                place=f"{self._store.url} on {socket.gethostname()}",
-                hint="use a shared file system or an object store",
-            )
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return self._job.world_size
 
     # ---------------------------------------------------------------------------------------------------------- save
 
@@ -224,11 +173,12 @@ class CheckpointManager:
         try:
             view = view_tree(tree)
             # On every rank, though only rank 0 writes most of them: what can't be represented must not pass unseen.
+            documents = {item.name: values.dumps(item.document(), place=item.name) for item in view.items.values()}
             states = {
-                self._state_path(item.name, item.rank_local): values.dumps(item.document(), place=item.name)
+                state_path(item.name, self.rank if item.rank_local else None): documents[item.name]
                 for item in view.items.values()
+                if self.rank == 0 or item.rank_local
             }
-            tree_hash = _tree_hash(view)
             layout = self._layout_for(view.tensors)
             layout.arena.mark("FILLING", step=step, nonce=attempt.nonce)
             blobs = BlobSave(
@@ -239,19 +189,20 @@ class CheckpointManager:
                 threads=self._threads,
                 may_write=self._open_once(attempt.deadline),
             )
-            self._writing.set()
+            self._retirement.pause()
             try:
                 blobs.stage(lambda piece: piece.memory(view.tensors[piece.chunk.name]))
             except BaseException:
                 blobs.abort()
                 raise
         except BaseException as error:
-            self._writing.clear()
+            self._retirement.resume(self._own_nonces)
             if self.world_size > 1:
                 self._tell_failure(attempt, error)
             raise
         handle.mark_staged(blobs.num_bytes)
-        self._pending = handle, self._persister.submit(self._persist, handle, attempt, blobs, states, tree_hash)
+        staged = _Staged(attempt=attempt, blobs=blobs, plan=layout.plan, states=states, tree_hash=_tree_hash(view))
+        self._pending = handle, self._persister.submit(self._persist, handle, staged)
         counters.add("ckpt.save.stall_s", handle.report().stall_s)
         counters.add("ckpt.save.bytes", blobs.num_bytes)
         return handle
@@ -278,19 +229,16 @@ class CheckpointManager:
             ) from None
         handle.raise_unobserved()
 
-    def _state_path(self, name: str, rank_local: bool) -> str:
-        return f"state/{name}.{self.rank:05d}.json" if rank_local else f"state/{name}.json"
-
     def _new_attempt(self, step: int) -> Attempt:
         nth = self._tries.get(step, 0)
         self._tries[step] = nth + 1
-        nonce = nonce_of(self._run_id, step, nth)
+        nonce = nonce_of(self._job.run_id, step, nth)
         self._own_nonces.add(nonce)
         return Attempt(
             step=step,
             nonce=nonce,
             directory=step_directory(step, nonce),
-            run_id=self._run_id,
+            run_id=self._job.run_id,
             rank=self.rank,
             world_size=self.world_size,
             deadline=monotonic() + self._timeout_s,
@@ -330,58 +278,45 @@ class CheckpointManager:
             rewind_to = self._rewind_to
             above = self._term
             record = self._log.append(
-                lambda head: open_record(head, self._run_id, rewind_to=rewind_to, above_term=above)
+                lambda head: open_record(head, self._job.run_id, rewind_to=rewind_to, above_term=above)
             )
         else:
-            record = wait_for_own_term(self._log, self._run_id, self._term, deadline)
+            record = wait_for_own_term(self._log, self._job.run_id, self._term, deadline)
         self._term, self._rewind_to = record.term, None
 
-    def _persist(
-        self, handle: SaveHandle, attempt: Attempt, blobs: BlobSave, states: dict[str, bytes], tree_hash: str
-    ) -> None:
+    def _persist(self, handle: SaveHandle, staged: "_Staged") -> None:
         try:
-            self._make_durable(handle, attempt, blobs, states, tree_hash)
+            self._make_durable(handle, staged)
         except BaseException as error:
-            logger.error("step %d was not committed: %s", attempt.step, error)
-            self._tell_failure(attempt, error)
+            logger.error("step %d was not committed: %s", staged.attempt.step, error)
+            self._tell_failure(staged.attempt, error)
             handle.fail(error)  # whoever waits for the handle gets it; a hanging write below must not hold it back
             if not isinstance(error, Exception):
                 raise
         finally:
-            blobs.abort()
-            self._writing.clear()
+            staged.blobs.abort()
         if self.rank == 0:
-            try:
-                self._collect_leftovers()
-                self._delete_garbage()
-            except StokerError as error:  # what is left is found again by the next run
-                logger.warning("could not delete retired data under %s: %s", self._store.url, error)
+            self._retirement.resume(self._own_nonces)
 
-    def _make_durable(
-        self, handle: SaveHandle, attempt: Attempt, blobs: BlobSave, states: dict[str, bytes], tree_hash: str
-    ) -> None:
-        blobs.checksums_done(attempt.deadline)
+    def _make_durable(self, handle: SaveHandle, staged: "_Staged") -> None:
+        attempt = staged.attempt
+        staged.blobs.checksums_done(attempt.deadline)
         assert self._arena is not None
         self._arena.mark("FULL", step=attempt.step, nonce=attempt.nonce)
-        infos = blobs.finish()
-        mine = {
-            path: data for path, data in states.items() if self.rank == 0 or path.endswith(f".{self.rank:05d}.json")
-        }
-        for path, data in mine.items():
+        infos = staged.blobs.finish()
+        for path, data in staged.states.items():
             self._store.put(f"{attempt.directory}/{path}", data)
-        assert self._layout is not None
-        plan = self._layout.plan
         fragment = Fragment(
             rank=self.rank,
             world_size=self.world_size,
             host=self._host,
-            plan_hash=tree_hash,
-            held=[piece.chunk for piece in plan.held],
-            written=blobs.written_chunks(),
+            plan_hash=staged.tree_hash,
+            held=[piece.chunk for piece in staged.plan.held],
+            written=staged.blobs.written_chunks(),
             blobs=infos,
             states=[
                 StateInfo(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for path, data in mine.items()
+                for path, data in staged.states.items()
             ],
         )
         self._store.create(attempt.fragment_key(self.rank), fragment.to_bytes())
@@ -413,8 +348,7 @@ class CheckpointManager:
             return record
 
         self._log.append(transition)
-        now = monotonic()
-        self._garbage += [(now, step_directory(step, live.nonce)) for step, live in retired.items()]
+        self._retirement.add(step_directory(step, live.nonce) for step, live in retired.items())
 
     def _tell_failure(self, attempt: Attempt, error: BaseException) -> None:
         """Best effort: a store that fails now is why we are here; the others' deadline covers it."""
@@ -422,44 +356,6 @@ class CheckpointManager:
             (give_up if self.rank == 0 else report_failure)(self._store, attempt, error)
         except StokerError as also:
             logger.warning("could not report the failure of step %d: %s", attempt.step, also)
-
-    def _collect_leftovers(self) -> None:
-        """Once a run: delete what dead runs left under the root, attempts never committed and steps long retired.
-
-        Their writers are fenced by this run's term. Only what is older than the grace goes, and only after a log record
-        has announced it.
-        """
-        if self._collected:
-            return
-        self._collected = True
-        newest: dict[str, float] = {}
-        for info in self._store.list("step-"):
-            directory = info.key.split("/", 1)[0]
-            newest[directory] = max(newest.get(directory, 0.0), info.modified_s)
-        head = self._log.head()
-        live = set() if head is None else {step_directory(s, entry.nonce) for s, entry in head.live.items()}
-        doomed: dict[str, str] = {}
-        for directory, modified_s in newest.items():
-            parsed = parse_step_directory(directory)
-            if parsed is None or directory in live or parsed[1] in self._own_nonces:
-                continue
-            if time() - modified_s >= self._grace_s:
-                doomed[directory] = parsed[1]
-        if doomed:
-            self._log.append(lambda head: collect_record(head, nonces=sorted(doomed.values())))
-            logger.info("deleting %d leftovers of earlier runs under %s", len(doomed), self._store.url)
-            self._garbage = [(float("-inf"), directory) for directory in sorted(doomed)] + self._garbage
-
-    def _delete_garbage(self) -> None:
-        """Delete retired data whose grace is over, object by object, and never while a save writes."""
-        now = monotonic()
-        while self._garbage and now - self._garbage[0][0] >= self._grace_s:
-            directory = self._garbage[0][1]
-            for info in list(self._store.list(f"{directory}/")):
-                if self._writing.is_set():
-                    return
-                self._store.delete(info.key)
-            self._garbage.pop(0)
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -511,25 +407,20 @@ class CheckpointManager:
 
     def _resolve(self, step: int | None) -> tuple[int, LiveStep, int]:
         """One (step, nonce) for all ranks, and the newest step."""
-        if self._group is None:
-            if self.world_size > 1 and step is None:
-                raise ConfigError(
-                    "without a process group every rank names the step to restore",
-                    place="CheckpointManager.restore",
-                    hint="two ranks that each ask for the newest may get different ones",
-                )
-            return resolve_step(self._log, step, self._store.url)
+        if self._job.group is None and self.world_size > 1 and step is None:
+            raise ConfigError(
+                "without a process group every rank names the step to restore",
+                place="CheckpointManager.restore",
+                hint="two ranks that each ask for the newest may get different ones",
+            )
         answer: Any = None
-        if self.rank == 0:
+        if self._job.group is None or self.rank == 0:
             try:
                 answer = resolve_step(self._log, step, self._store.url)
             except StokerError as error:
                 answer = error
-        answer = self._from_rank_0(answer)
-        if isinstance(answer, StokerError):
-            raise answer
-        result: tuple[int, LiveStep, int] = answer
-        return result
+        found: tuple[int, LiveStep, int] = self._job.from_rank_0(answer)
+        return found
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -549,6 +440,7 @@ class CheckpointManager:
             )
         self._closed = True
         self._persister.shutdown(wait=True)
+        self._retirement.close()
         self._threads.shutdown(wait=True)
         self._layout = None
         if self._arena is not None:
@@ -568,6 +460,17 @@ class CheckpointManager:
                 raise
             # The block's own error is what the user must see; this one goes to the log.
             logger.error("while closing %s: %s", self._store.url, failure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Staged:
+    """What the background needs to finish a save."""
+
+    attempt: Attempt
+    blobs: BlobSave
+    plan: Plan
+    states: dict[str, bytes]
+    tree_hash: str
 
 
 def _tree_hash(view: TreeView) -> str:
@@ -592,7 +495,7 @@ def save(url: str | os.PathLike[str], tree: dict[str, Any], *, storage_options: 
     (0, [0, 1, 2, 3])
     """
     with CheckpointManager(url, storage_options=storage_options) as manager:
-        newest = manager._from_rank_0(manager.latest()) if manager._group is not None else manager.latest()
+        newest = manager._job.from_rank_0(manager.latest())
         step = 0 if newest is None else newest + 1
         manager.save(step, tree).wait("committed")
     return step

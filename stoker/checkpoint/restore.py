@@ -28,6 +28,7 @@ from .tree import (
     parameter_names,
     put_at,
     restore_optimizer,
+    state_path,
     update_in_place,
     view_tree,
 )
@@ -184,12 +185,11 @@ class _Restore:
                 self.documents[name] = values.loads(reader.read_state(path), place=path)
 
     def _document_path(self, name: str) -> str | None:
-        own, first = f"state/{name}.{self._rank:05d}.json", f"state/{name}.00000.json"
+        of_job, own, first = state_path(name), state_path(name, self._rank), state_path(name, 0)
         if own not in self.manifest.states and first in self.manifest.states:
             self._from_another_rank.add(name)
             return first
-        paths = (f"state/{name}.json", own)
-        return next((path for path in paths if path in self.manifest.states), None)
+        return next((path for path in (of_job, own) if path in self.manifest.states), None)
 
     def _wanted(self, name: str) -> bool:
         """Whether `names` asks for an item or a tensor. A module goes by tensor, any other item as a whole."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import ConfigError, UnsupportedState
 
-__all__ = ["Item", "Stateful", "TreeView", "view_tree"]
+__all__ = ["Item", "Stateful", "TreeView", "state_path", "view_tree"]
 
 # Wrappers that add a component to every name inside them; the names without it are the model's own.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -78,6 +78,15 @@ class TreeView:
             )
         self.tensors[name] = tensor
         return name
+
+
+def state_path(item: str, rank: int | None = None) -> str:
+    """Where an item's value document lies below a step: one for the job, or one for each rank.
+
+    >>> state_path("optimizer"), state_path("rng", 3)
+    ('state/optimizer.json', 'state/rng.00003.json')
+    """
+    return f"state/{item}.json" if rank is None else f"state/{item}.{rank:05d}.json"
 
 
 def view_tree(tree: dict[str, Any]) -> TreeView:
