@@ -7,11 +7,12 @@ Start it again after a crash and it goes on from the newest committed step. Cred
 """
 
 import argparse
+import hashlib
 import json
 import os
 import time
+import zlib
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from stoker.checkpoint import CheckpointManager, RngState
 from stoker.loaders import TokenDataset, TokenLoader
+from stoker.metrics import counters
 from stoker.storage import TieredCache
 
 
@@ -38,8 +41,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        x = x + self.down(F.gelu(self.up(self.norm_2(x))))
-        return x
+        y: Tensor = self.down(F.gelu(self.up(self.norm_2(x))))
+        return x + y
 
 
 class GPT(nn.Module):
@@ -68,48 +71,53 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path, help="append one JSON object for each event to this file")
+    parser.add_argument("--events", help="append one JSON object for each event to EVENTS.rank")
     return parser.parse_args()
+
+
+def digest(model: nn.Module) -> str:
+    """Of all parameters; the same for any sharding."""
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in full)).hexdigest()
+
+
+def rows_of(batch: dict[str, Tensor]) -> dict[int, int]:
+    """What this rank was given: a checksum for each position in the stream."""
+    return dict(zip(batch["position"].tolist(), map(zlib.crc32, batch["input_ids"].numpy()), strict=True))
 
 
 def main() -> None:
     args = arguments()
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert device is not None and args.global_batch % world_size == 0
-    torch.manual_seed(args.seed)
-    model = GPT(args.vocab, args.seq_len, args.width, args.depth, args.heads).to(device)
+    assert device and args.global_batch % world_size == 0
+    torch.manual_seed(0)
+    model = GPT(args.vocab, args.seq_len, args.width, args.depth, heads=args.width // 32).to(device)
     if world_size > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",))
         for module in (*model.blocks, model):
             fully_shard(module, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min((done + 1) / 20, 20 / max(done, 20)))
 
-    def log(**event: Any) -> None:
-        if rank == 0 and args.log:
-            with args.log.open("a") as file:
-                file.write(json.dumps(event) + "\n")
+    def log(event: str, **facts: object) -> None:
+        if args.events:
+            with Path(f"{args.events}.{rank}").open("a") as file:
+                file.write(json.dumps({"event": event, **facts}) + "\n")
 
-    tokens_per_step, handle = args.global_batch * args.seq_len, None
+    rows_per_rank, handle = args.global_batch // world_size, None
     with (
         TieredCache() as cache,
         TokenDataset(args.data, seq_len=args.seq_len, cache=cache) as dataset,
-        TokenLoader(
-            dataset, batch_size=args.global_batch // world_size, rank=rank, world_size=world_size, epochs=None
-        ) as loader,
+        TokenLoader(dataset, batch_size=rows_per_rank, rank=rank, world_size=world_size, epochs=None) as loader,
         CheckpointManager(args.checkpoints, keep_last=2) as ckpt,
     ):
-        progress = {"step": 0}
         tree = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
-        tree |= {"rng": RngState(), "progress": progress}
+        tree |= {"rng": RngState(), "progress": (progress := {"step": 0})}
         if ckpt.latest() is not None:
             report = ckpt.restore(tree)
-            log(event="resumed", step=report.step, seconds=report.seconds, bytes=report.num_bytes)
+            log("resumed", step=report.step, seconds=report.seconds, parameters=digest(model))
         batches = iter(loader)
         for step in range(progress["step"] + 1, args.steps + 1):
             started = time.perf_counter()
@@ -121,21 +129,19 @@ def main() -> None:
             optimizer.step()
             scheduler.step()
             progress["step"] = step
-            mean = loss.detach() / world_size
             if world_size > 1:
-                dist.all_reduce(mean)
-            saved_s = 0.0
+                dist.all_reduce(loss.data.div_(world_size))
             if step % args.save_every == 0 or step == args.steps:
                 handle = ckpt.save(step, tree)
-                saved_s = handle.report().stall_s
-                log(event="saving", step=step, stall_s=saved_s, bytes=handle.report().staged_bytes)
+                log("saving", step=step, stall_s=handle.report().stall_s)
             seconds = time.perf_counter() - started
-            log(event="step", step=step, loss=mean.item(), tokens=tokens_per_step, seconds=seconds, wait_s=waited_s)
+            log("step", step=step, loss=loss.item(), seconds=seconds, wait_s=waited_s, rows=rows_of(batch))
             if rank == 0 and (step % 10 == 0 or step == args.steps):
-                print(f"step {step}: loss {mean.item():.4f}, {tokens_per_step / seconds:,.0f} tokens/s", flush=True)
+                print(f"step {step}: loss {loss.item():.4f}, {seconds:.3f} s", flush=True)
         if handle is not None:
             handle.wait("committed")
-            log(event="done", step=args.steps, seconds=handle.report().committed_s, bytes=handle.report().staged_bytes)
+            log("done", seconds=handle.report().committed_s, bytes=handle.report().staged_bytes)
+        log("counts", **counters.snapshot())
     if world_size > 1:
         dist.destroy_process_group()
 

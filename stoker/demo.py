@@ -1,12 +1,14 @@
-"""The demonstration: real text, a real training run, a real kill.
+"""The demonstration: real text, a real training run, a real kill, another world size.
 
 ``stoker demo`` packs the source of Python's standard library into a token data set, trains a small GPT on it with
-``examples/train.py``, once without interruption and once killed by SIGKILL while a save is in flight, and compares what
-the two runs wrote. Nothing is assumed: every figure and verdict comes from the runs' logs and checkpoints.
+``examples/train.py``, once without interruption and once killed by SIGKILL while a save is in flight, resumes the killed
+run under torchrun with two ranks as well, and compares what the runs wrote. Nothing is assumed: every figure and verdict
+comes from the runs' logs and checkpoints.
 """
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,23 +16,32 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ._console import JsonFlag, emit, progress
 from .errors import ConfigError, MissingExtra, StokerError
+from .metrics import Prices
+from .storage import open_store
 
-__all__ = ["Verdict", "compare_runs", "demo", "train_script"]
+__all__ = ["Verdict", "compare_checkpoints", "compare_runs", "compare_streams", "demo", "read_events", "train_script"]
 
 _VOCAB = 4096
+_GLOBAL_BATCH = 16
+_SEQ_LEN = 128
 _SAVE_EVERY = 15
+_ELASTIC_STEPS = 12
 _MAX_KILLS = 8
-_RUN_TIMEOUT_S = 600.0
+_RUN_TIMEOUT_S = 900.0
+_LOSS_TOLERANCE = 1e-3
+"""Relative: two ranks add their gradients in another order than one, and a dozen steps of AdamW carry that on."""
+
+Event = Mapping[str, Any]
 
 
 # ------------------------------------------------------------------------------------------------------ what was written
@@ -38,20 +49,14 @@ _RUN_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What two runs that must be equal wrote.
+    """Whether two runs that must agree do, and if not, the first difference."""
 
-    Attributes:
-        identical: every step of both runs is there, with bit-identical losses, also where a step was done twice, and
-            the tensors of the last checkpoints are bit-identical.
-        reason: the first difference, or an empty string.
-    """
-
-    identical: bool
-    reason: str
+    ok: bool
+    reason: str = ""
 
 
 def read_events(log: Path) -> list[dict[str, Any]]:
-    """The events that a run appended to its log; a line torn by a kill is left out."""
+    """The events that one rank appended to its log; a line torn by a kill is left out."""
     events = []
     for line in log.read_text().splitlines() if log.exists() else []:
         try:
@@ -61,48 +66,72 @@ def read_events(log: Path) -> list[dict[str, Any]]:
     return events
 
 
-def compare_runs(reference: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], steps: int) -> Verdict:
-    """Whether `other` (killed and resumed) did the same steps with the same losses as `reference`.
+def _steps(events: Sequence[Event]) -> dict[int, list[Event]]:
+    """All events of each step: a step that was done again after a kill has several."""
+    steps: dict[int, list[Event]] = {}
+    for event in events:
+        if event["event"] == "step":
+            steps.setdefault(event["step"], []).append(event)
+    return steps
+
+
+def compare_runs(reference: Sequence[Event], other: Sequence[Event], steps: int) -> Verdict:
+    """Whether `other` (killed and resumed) did every step, and always with the very loss that `reference` had.
 
     >>> straight = [{"event": "step", "step": 1, "loss": 2.5}, {"event": "step", "step": 2, "loss": 2.25}]
     >>> compare_runs(straight, [straight[0], straight[0], straight[1]], 2)
-    Verdict(identical=True, reason='')
+    Verdict(ok=True, reason='')
     >>> compare_runs(straight, straight[:1], 2).reason
     'step 2 is missing'
     >>> compare_runs(straight, [straight[0], {"event": "step", "step": 2, "loss": 2.26}], 2).reason
     'step 2: loss 2.26, not 2.25'
     """
-    expected: dict[int, float] = {e["step"]: e["loss"] for e in reference if e["event"] == "step"}
-    done: dict[int, list[float]] = {}
-    for event in other:
-        if event["event"] == "step":
-            done.setdefault(event["step"], []).append(event["loss"])
+    expected, done = _steps(reference), _steps(other)
     for step in range(1, steps + 1):
         if step not in expected or step not in done:
-            return Verdict(identical=False, reason=f"step {step} is missing")
-        for loss in done[step]:
-            if loss != expected[step]:
-                return Verdict(identical=False, reason=f"step {step}: loss {loss}, not {expected[step]}")
-    return Verdict(identical=True, reason="")
+            return Verdict(ok=False, reason=f"step {step} is missing")
+        for event in done[step]:
+            if event["loss"] != expected[step][0]["loss"]:
+                return Verdict(ok=False, reason=f"step {step}: loss {event['loss']}, not {expected[step][0]['loss']}")
+    return Verdict(ok=True)
 
 
-def compare_checkpoints(reference: Path, other: Path) -> Verdict:
+def compare_streams(reference: Sequence[Event], ranks: Sequence[Sequence[Event]], first: int, last: int) -> Verdict:
+    """Whether the ranks of `ranks` together were given the very rows of `reference` in steps ``[first, last]``.
+
+    >>> whole = [{"event": "step", "step": 1, "rows": {"0": 7, "1": 8}}]
+    >>> left, right = ({"event": "step", "step": 1, "rows": rows} for rows in ({"1": 8}, {"0": 7}))
+    >>> compare_streams(whole, [[left], [right]], 1, 1)
+    Verdict(ok=True, reason='')
+    >>> compare_streams(whole, [[left]], 1, 1).reason
+    'step 1: other rows'
+    """
+    expected, parts = _steps(reference), [_steps(events) for events in ranks]
+    for step in range(first, last + 1):
+        if step not in expected or any(step not in part for part in parts):
+            return Verdict(ok=False, reason=f"step {step} is missing")
+        rows = [row for part in parts for row in part[step][0]["rows"].items()]
+        if sorted(rows) != sorted(expected[step][0]["rows"].items()):
+            return Verdict(ok=False, reason=f"step {step}: other rows")
+    return Verdict(ok=True)
+
+
+def compare_checkpoints(reference: str, other: str, storage_options: Mapping[str, Any]) -> Verdict:
     """Whether the newest steps of two roots hold the same tensors, bit for bit."""
-    mine, theirs = _tensors(reference), _tensors(other)
+    mine, theirs = _tensors(reference, storage_options), _tensors(other, storage_options)
     if mine.keys() != theirs.keys():
-        return Verdict(identical=False, reason=f"tensors {sorted(mine.keys() ^ theirs.keys())[:3]} are in one run only")
+        return Verdict(ok=False, reason=f"tensors {sorted(mine.keys() ^ theirs.keys())[:3]} are in one run only")
     for name, data in mine.items():
         if data != theirs[name]:
-            return Verdict(identical=False, reason=f"tensor {name} differs")
-    return Verdict(identical=True, reason="")
+            return Verdict(ok=False, reason=f"tensor {name} differs")
+    return Verdict(ok=True)
 
 
-def _tensors(root: Path) -> dict[str, bytes]:
+def _tensors(root: str, storage_options: Mapping[str, Any]) -> dict[str, bytes]:
     from .checkpoint.log import CheckpointLog, step_directory
     from .checkpoint.reader import StepReader, read_manifest, resolve_step
-    from .storage import open_store
 
-    with open_store(root) as store:
+    with open_store(root, **storage_options) as store:
         step, live, _ = resolve_step(CheckpointLog(store), None, store.url)
         directory = step_directory(step, live.nonce)
         manifest = read_manifest(store, directory, live)
@@ -129,75 +158,138 @@ def train_script() -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where the demonstration's objects are: a directory, or a bucket."""
+
+    url: str
+    storage_options: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+    def under(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def committed(self, name: str) -> list[int]:
+        """The committed steps of a checkpoint root."""
+        from .checkpoint.log import CheckpointLog
+
+        with open_store(self.under(name), **self.storage_options) as store:
+            head = CheckpointLog(store).head()
+            return [] if head is None else sorted(head.live)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy every object below `source` to `target`."""
+        with (
+            open_store(self.under(source), **self.storage_options) as old,
+            open_store(self.under(target), **self.storage_options) as new,
+        ):
+            for info in old.list():
+                new.put(info.key, old.get(info.key))
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One training run: its data, its checkpoint root and its log."""
+    """One training run: where its data and checkpoints are, its logs and how far it goes."""
 
-    tokens: Path
-    checkpoints: Path
-    log: Path
+    name: str
+    place: _Place
+    work: Path
     steps: int
+    ranks: int = 1
 
-    def command(self) -> list[str]:
+    @property
+    def _output(self) -> Path:
+        return self.work / f"{self.name}.out"
+
+    def events(self, rank: int = 0) -> list[dict[str, Any]]:
+        return read_events(self.work / f"{self.name}.events.{rank}")
+
+    def _command(self) -> list[str]:
         options = {
-            "--data": self.tokens,
-            "--checkpoints": self.checkpoints,
-            "--log": self.log,
+            "--data": self.place.under("tokens"),
+            "--checkpoints": self.place.under(self.name),
+            "--events": self.work / f"{self.name}.events",
             "--steps": self.steps,
             "--save-every": _SAVE_EVERY,
+            "--global-batch": _GLOBAL_BATCH,
+            "--seq-len": _SEQ_LEN,
             "--vocab": _VOCAB,
         }
-        return [sys.executable, str(train_script()), *(str(part) for pair in options.items() for part in pair)]
+        launcher = [sys.executable]
+        if self.ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        return [*launcher, str(train_script()), *(str(part) for pair in options.items() for part in pair)]
 
     @contextmanager
     def started(self) -> "Iterator[subprocess.Popen[bytes]]":
         """The run as a process group of its own, gone when the block ends, however it ends."""
-        with (self.log.parent / f"{self.log.stem}.out").open("ab") as output:
+        # Two ranks on one machine and one step after another: threads that spin for each other only stand in the way.
+        env = (
+            {"OMP_NUM_THREADS": "1", **os.environ, **self.place.env} if self.ranks > 1 else os.environ | self.place.env
+        )
+        with self._output.open("ab") as output:
             process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                self._command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
             )
         try:
             yield process
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            self._end(process)
+
+    def _end(self, process: "subprocess.Popen[bytes]") -> None:
+        if process.poll() is not None:
+            return
+        if self.ranks > 1:
+            # torchrun puts its ranks into sessions of their own and ends them when it is asked to end itself.
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def finish(self) -> None:
-        """Run to the end."""
-        with self.started() as process:
-            code = process.wait(_RUN_TIMEOUT_S)
+        """Run to the end, with a bar."""
+        with self.started() as process, progress(self.name, total=self.steps, unit="steps") as bar:
+            done, deadline = 0, time.monotonic() + _RUN_TIMEOUT_S
+            while process.poll() is None and time.monotonic() < deadline:
+                now = max(_steps(self.events()), default=0)
+                bar.advance(now - done)
+                done = now
+                time.sleep(0.2)
+            code = process.poll()
         if code != 0:
-            raise StokerError(
-                "the training run must end with code 0", value=code, place=str(self.log), hint=self._tail()
-            )
+            value = "still running" if code is None else f"code {code}: {self._tail()}"
+            raise StokerError("a training run must end with code 0", value=value, place=self.name)
 
     def _tail(self) -> str:
-        output = self.log.parent / f"{self.log.stem}.out"
-        return output.read_text(errors="replace").strip().splitlines()[-1] if output.stat().st_size else "no output"
+        lines = self._output.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "no output"
 
     def kill_in_save(self, after_step: int) -> int | None:
         """Run until a save after `after_step` begins, then SIGKILL; returns the step if it was not committed."""
         with self.started() as process:
-            seen = len(read_events(self.log))
-            deadline = time.monotonic() + _RUN_TIMEOUT_S
+            seen, deadline = len(self.events()), time.monotonic() + _RUN_TIMEOUT_S
             while process.poll() is None and time.monotonic() < deadline:
-                saving = [e for e in read_events(self.log)[seen:] if e["event"] == "saving" and e["step"] > after_step]
+                saving = [e for e in self.events()[seen:] if e["event"] == "saving" and e["step"] > after_step]
                 if saving:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     step = int(saving[-1]["step"])
-                    return None if step in _committed(self.checkpoints) else step
+                    return None if step in self.place.committed(self.name) else step
                 time.sleep(0.001)
-        raise StokerError("the run must reach a save", place=str(self.log), hint=self._tail())
+        raise StokerError("the run must reach a save", value=self._tail(), place=self.name)
 
 
-def _committed(root: Path) -> list[int]:
-    from .checkpoint.log import CheckpointLog
-    from .storage import open_store
-
-    with open_store(root) as store:
-        head = CheckpointLog(store).head()
-        return [] if head is None else sorted(head.live)
+def _kill_once(run: _Run, after_step: int) -> int:
+    """SIGKILL the run inside a save. A save that was quicker than the kill is no proof: go on to a later one."""
+    for _ in range(_MAX_KILLS):
+        step = run.kill_in_save(after_step)
+        if step is not None:
+            return step
+        after_step = max(run.place.committed(run.name), default=after_step)
+        if after_step >= run.steps - _SAVE_EVERY:
+            break
+    raise StokerError("a kill must meet a save in flight", value="every save was quicker", hint="use more --steps")
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -229,45 +321,73 @@ def _train_tokenizer(files: Sequence[Path], path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    steps: int
+    corpus_files: int | None
+    seed: int
+    prices: Prices
 
 
 def demo(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Work here and keep everything; by default a temporary directory.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=2 * _SAVE_EVERY, help="Training steps of each run.")] = 90,
+    store: Annotated[
+        Literal["file", "s3"], typer.Option(help="file: a directory. s3: a SeaweedFS server started for the purpose.")
+    ] = "file",
+    steps: Annotated[int, typer.Option(min=4 * _SAVE_EVERY, help="Training steps of each run.")] = 90,
+    seed: Annotated[int | None, typer.Option(help="Which save is killed; by default a random one.")] = None,
     corpus_files: Annotated[
         int | None, typer.Option(min=1, help="Take only that many source files; all of them by default.")
     ] = None,
+    usd_per_1000_get: Annotated[float, typer.Option(help="Price of 1,000 reads.")] = Prices.usd_per_1000_get,
+    usd_per_1000_put: Annotated[float, typer.Option(help="Price of 1,000 writes.")] = Prices.usd_per_1000_put,
+    usd_per_gb_egress: Annotated[float, typer.Option(help="Price of a GB read.")] = Prices.usd_per_gb_egress,
     copy: Annotated[
         Path | None, typer.Option("--copy", help="Copy examples/train.py to this directory and stop.")
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Pack real text, train a GPT on it, kill it in the middle of a save, resume, and compare.
+    """Pack real text, train a GPT on it, kill it in the middle of a save, resume at 1 and 2 ranks, and compare.
 
-    Example: stoker demo --steps 120 --json
+    Examples: stoker demo --store s3 --json; stoker demo --dir /tmp/demo --steps 120; stoker demo --copy my-project
     """
     if copy is not None:
-        copy.mkdir(parents=True, exist_ok=True)
-        target = copy / "train.py"
-        if target.exists():
-            raise ConfigError("must not exist yet", place=str(target), hint="choose another directory")
-        shutil.copy(train_script(), target)
-        emit({"ok": True, "path": str(target)}, f"wrote {target}", as_json=as_json)
+        _copy_script(copy, as_json=as_json)
         return
     try:
         import tokenizers  # noqa: F401
     except ImportError as error:
         raise MissingExtra("the demo needs the extra [demo]", hint="pip install 'stoker[demo]'") from error
+    prices = Prices(
+        usd_per_1000_get=usd_per_1000_get, usd_per_1000_put=usd_per_1000_put, usd_per_gb_egress=usd_per_gb_egress
+    )
+    seed = random.SystemRandom().randrange(10**6) if seed is None else seed
+    settings = _Settings(steps=steps, corpus_files=corpus_files, seed=seed, prices=prices)
+    # SIGTERM ends the demo as Ctrl-C does: children and temporary directories go first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
-        report = _run_demo(stack.enter_context(_working_directory(directory)), steps, corpus_files)
+        work = stack.enter_context(_working_directory(directory))
+        place = _Place(url=str(work / "store"))
+        if store == "s3":
+            from .testing.s3 import S3Server
+
+            server = stack.enter_context(S3Server(buckets=("stoker-demo",)))
+            place = _Place(url="s3://stoker-demo", storage_options=server.storage_options, env=server.env)
+        report = _run_demo(work, place, settings)
     emit(report, _table(report), as_json=as_json)
     if not report["ok"]:
         raise typer.Exit(1)
+
+
+def _copy_script(directory: Path, *, as_json: bool) -> None:
+    target = directory / "train.py"
+    if target.exists():
+        raise ConfigError("must not exist yet", place=str(target), hint="choose another directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copy(train_script(), target)
+    emit({"ok": True, "path": str(target)}, f"wrote {target}", as_json=as_json)
 
 
 @contextmanager
@@ -282,90 +402,139 @@ def _working_directory(directory: Path | None) -> Iterator[Path]:
     yield directory
 
 
-def _run_demo(work: Path, steps: int, corpus_files: int | None) -> dict[str, Any]:
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _run_demo(work: Path, place: _Place, settings: _Settings) -> dict[str, Any]:
+    began = time.monotonic()
+    files = _corpus()[: settings.corpus_files]
+    _say(f"[1/6] training a byte-pair tokenizer on {len(files)} files of Python's standard library")
+    _train_tokenizer(files, work / "tokenizer.json")
+    _say(f"[2/6] packing them into a token data set at {place.under('tokens')}")
+    tokens = _pack(files, work, place)
+    steps = settings.steps
+    straight = _Run(name="straight", place=place, work=work, steps=steps)
+    killed = replace(straight, name="killed")
+    _say(f"[3/6] training {steps} steps without interruption")
+    straight.finish()
+    _say("[4/6] the same again, with a SIGKILL while a save is in flight")
+    saves = steps // _SAVE_EVERY
+    killed_at = _kill_once(killed, _SAVE_EVERY * random.Random(settings.seed).randint(1, saves - 2))
+    place.copy("killed", "elastic")
+    _say(f"[5/6] killed while step {killed_at} was being saved; resuming")
+    killed.finish()
+    resumed = next(event for event in reversed(killed.events()) if event["event"] == "resumed")
+    elastic = replace(straight, name="elastic", steps=min(steps, resumed["step"] + _ELASTIC_STEPS), ranks=2)
+    _say(f"[6/6] resuming step {resumed['step']} under torchrun with 2 ranks, sharded by FSDP2")
+    elastic.finish()
+    return _report(straight, killed, elastic, settings) | {
+        "killed_in_save_of_step": killed_at,
+        "seed": settings.seed,
+        "corpus_tokens": tokens,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _pack(files: Sequence[Path], work: Path, place: _Place) -> int:
     from .loaders.pack import pack
 
-    started = time.monotonic()
-    files = _corpus()[:corpus_files]
-    _say(f"[1/5] training a byte-pair tokenizer on {len(files)} files of Python's standard library")
-    _train_tokenizer(files, work / "tokenizer.json")
-    _say("[2/5] packing them into a token data set")
     with progress("packing", total=sum(file.stat().st_size for file in files)) as bar:
-        # Some of the standard library's tests are about text that is not UTF-8.
-        packed = pack(files, work / "tokens", tokenizer=work / "tokenizer.json", errors="replace", progress=bar.advance)
-    runs = {
-        name: _Run(tokens=work / "tokens", checkpoints=work / name, log=work / f"{name}.jsonl", steps=steps)
-        for name in ("straight", "killed")
-    }
-    _say(f"[3/5] training {steps} steps without interruption")
-    runs["straight"].finish()
-    _say("[4/5] the same again, with a SIGKILL while a save is in flight")
-    killed_at = _kill_once(runs["killed"])
-    _say(f"[5/5] killed while step {killed_at} was being saved; resuming")
-    runs["killed"].finish()
-    straight, killed = read_events(runs["straight"].log), read_events(runs["killed"].log)
-    verdict = compare_runs(straight, killed, steps)
-    if verdict.identical:
-        verdict = compare_checkpoints(runs["straight"].checkpoints, runs["killed"].checkpoints)
-    resumed = [event["step"] for event in killed if event["event"] == "resumed"]
+        packed = pack(
+            files,
+            place.under("tokens"),
+            tokenizer=work / "tokenizer.json",
+            errors="replace",  # some of the standard library's tests are about text that is not UTF-8
+            storage_options=place.storage_options,
+            progress=bar.advance,
+        )
+    return packed.tokens
+
+
+def _report(straight: _Run, killed: _Run, elastic: _Run, settings: _Settings) -> dict[str, Any]:
+    """Verdicts and figures from what the runs wrote."""
+    reference, place = straight.events(), straight.place
+    same = compare_runs(reference, killed.events(), settings.steps)
+    if same.ok:
+        same = compare_checkpoints(place.under(straight.name), place.under(killed.name), place.storage_options)
+    resumed = [event for event in killed.events() if event["event"] == "resumed"]
+    at = resumed[-1]["step"] if resumed else 0
+    ranks = [elastic.events(rank) for rank in range(elastic.ranks)]
+    stream = compare_streams(reference, ranks, at + 1, elastic.steps)
+    elsewhere = [event for event in ranks[0] if event["event"] == "resumed"]
+    parameters = bool(resumed and elsewhere) and elsewhere[-1]["parameters"] == resumed[-1]["parameters"]
+    expected = _steps(reference)
+    drift = [
+        abs(event["loss"] / expected[step][0]["loss"] - 1)
+        for step, (event, *_) in _steps(ranks[0]).items()
+        if step in expected
+    ]
+    close = bool(drift) and max(drift) <= _LOSS_TOLERANCE
     return {
-        "ok": verdict.identical and bool(resumed),
-        "resume_bit_identical": verdict.identical,
-        "difference": verdict.reason,
-        "killed_in_save_of_step": killed_at,
-        "resumed_from_step": resumed[-1] if resumed else None,
-        "corpus_tokens": packed.tokens,
-        "seconds": round(time.monotonic() - started, 1),
-        **_figures(straight),
+        "ok": same.ok and bool(resumed) and stream.ok and parameters and close,
+        "resume_bit_identical": same.ok,
+        "elastic_stream_identical": stream.ok,
+        "elastic_parameters_identical": parameters,
+        "elastic_loss_difference": max(drift, default=None),
+        "differences": [verdict.reason for verdict in (same, stream) if not verdict.ok],
+        "resumed_from_step": at,
+        **_figures(reference, settings.prices),
     }
 
 
-def _kill_once(run: _Run) -> int:
-    """SIGKILL the run inside a save. A save that was quicker than the kill is no proof: go on to a later one."""
-    after_step = _SAVE_EVERY
-    for _ in range(_MAX_KILLS):
-        step = run.kill_in_save(after_step)
-        if step is not None:
-            return step
-        after_step = max(_committed(run.checkpoints), default=after_step)
-        if after_step >= run.steps - _SAVE_EVERY:
-            break
-    raise StokerError(
-        "a kill must meet a save in flight",
-        value=f"{_MAX_KILLS} tries",
-        hint="every save was quicker: use more --steps",
-    )
-
-
-def _figures(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Speed and stalls of one run, the first step left out: it pays for warming up."""
-    steps = [event for event in events if event["event"] == "step"][1:]
-    seconds = sum(event["seconds"] for event in steps)
-    done = [event for event in events if event["event"] == "done"][-1]
+def _figures(events: Sequence[Event], prices: Prices) -> dict[str, Any]:
+    """Speed, stalls, bytes and money of one run; speeds leave out the first step, which pays for warming up."""
+    steps = [event for event in events if event["event"] == "step"]
+    seconds = sum(event["seconds"] for event in steps[1:])
+    per_step = _GLOBAL_BATCH * _SEQ_LEN
+    tokens = per_step * len(steps)
+    done = next(event for event in reversed(events) if event["event"] == "done")
+    counts = next(event for event in reversed(events) if event["event"] == "counts")
+    counts = {name: value for name, value in counts.items() if name != "event"}
     return {
-        "steps": len(steps) + 1,
-        "tokens": sum(event["tokens"] for event in events if event["event"] == "step"),
-        "tokens_per_s": sum(event["tokens"] for event in steps) / seconds,
-        "data_stall_fraction": sum(event["wait_s"] for event in steps) / seconds,
+        "steps": len(steps),
+        "tokens": tokens,
+        "tokens_per_s": per_step * (len(steps) - 1) / seconds,
+        "data_stall_s": sum(event["wait_s"] for event in steps[1:]),
+        "data_stall_fraction": sum(event["wait_s"] for event in steps[1:]) / seconds,
         "save_stall_s": [event["stall_s"] for event in events if event["event"] == "saving"],
         "durable_bytes_per_s": done["bytes"] / done["seconds"],
-        "losses": [event["loss"] for event in events if event["event"] == "step"],
+        "bytes_by_tier": {
+            "mapped": counts.get("data.checked.bytes", 0),
+            "ram": counts.get("cache.ram.hit_bytes", 0),
+            "disk": counts.get("cache.disk.hit_bytes", 0),
+            "store": counts.get("store.get.bytes", 0),
+        },
+        "requests": {
+            verb: counts.get(f"store.{verb}.requests", 0) for verb in ("get", "put", "head", "list", "delete")
+        },
+        "usd_per_billion_tokens": prices.usd(counts) / tokens * 1e9,
+        "losses": [event["loss"] for event in steps],
     }
 
 
-def _table(report: dict[str, Any]) -> str:
-    losses, stalls = report["losses"], report["save_stall_s"]
+def _table(report: Mapping[str, Any]) -> str:
+    losses, stalls, tiers = report["losses"], report["save_stall_s"], report["bytes_by_tier"]
+    drift = report["elastic_loss_difference"]
     rows = {
         "corpus": f"{report['corpus_tokens']:,} tokens of Python source",
-        "loss, first to last step": f"{losses[0]:.4f} -> {losses[-1]:.4f} in {report['steps']} steps",
-        "training": f"{report['tokens_per_s']:,.0f} tokens/s",
-        "waiting for data": f"{report['data_stall_fraction']:.3%} of the run",
+        "training": f"{report['steps']} steps, {report['tokens']:,} tokens, loss {losses[0]:.3f} -> {losses[-1]:.3f}",
+        "speed": f"{report['tokens_per_s']:,.0f} tokens/s",
+        "waiting for data": f"{report['data_stall_s']:.4f} s, {report['data_stall_fraction']:.3%} of the run",
         "save stall": f"{1e3 * sum(stalls) / len(stalls):.1f} ms a save, {len(stalls)} saves",
         "durable save": f"{report['durable_bytes_per_s'] / 1e9:.2f} GB/s from save() to committed",
-        "killed": f"while step {report['killed_in_save_of_step']} was being saved",
+        "bytes by tier": ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in tiers.items()),
+        "requests": ", ".join(f"{verb} {count:.0f}" for verb, count in report["requests"].items()),
+        "cost": f"${report['usd_per_billion_tokens']:.2f} per billion tokens at this size of run",
+        "killed": f"by SIGKILL while step {report['killed_in_save_of_step']} was being saved (seed {report['seed']})",
         "resumed": f"from step {report['resumed_from_step']}",
-        "same losses and parameters": "yes, bit for bit" if report["resume_bit_identical"] else report["difference"],
+        "losses and parameters": "identical to the bit" if report["resume_bit_identical"] else "DIFFERENT",
+        "2 ranks, same stream": "identical to the bit" if report["elastic_stream_identical"] else "DIFFERENT",
+        "2 ranks, same parameters": "identical to the bit" if report["elastic_parameters_identical"] else "DIFFERENT",
+        "2 ranks, losses": "none" if drift is None else f"within {drift:.1e}",
         "took": f"{report['seconds']:.0f} s",
+        "verdict": "ok" if report["ok"] else "; ".join(["NOT ok", *report["differences"]]),
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

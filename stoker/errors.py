@@ -79,7 +79,9 @@ class StokerError(Exception):
 
 
 def _rebuild(cls: type[StokerError], args: tuple[Any, ...], state: dict[str, Any]) -> StokerError:
-    error = cls.__new__(cls)
+    # Not cls.__new__: of two builtins among the bases it may find the one whose memory layout is not the class's.
+    new = OSError.__new__ if issubclass(cls, OSError) else cls.__new__
+    error: StokerError = new(cls)
     error.args = args
     error.__dict__.update(state)
     return error

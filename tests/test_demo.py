@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from stoker.checkpoint import save
-from stoker.demo import compare_checkpoints, compare_runs, read_events, train_script
+from stoker.demo import compare_checkpoints, compare_runs, compare_streams, read_events, train_script
 
 STRAIGHT = [{"event": "step", "step": step, "loss": 1 / step} for step in range(1, 7)]
 
 
 def test_a_killed_run_with_the_same_losses_is_identical_also_where_steps_were_done_twice() -> None:
     resumed = [*STRAIGHT[:4], {"event": "saving", "step": 4}, {"event": "resumed", "step": 2}, *STRAIGHT[2:]]
-    assert compare_runs(STRAIGHT, resumed, 6).identical
+    assert compare_runs(STRAIGHT, resumed, 6).ok
 
 
 @pytest.mark.parametrize("step", range(1, 7))
@@ -26,7 +26,7 @@ def test_one_flipped_loss_is_found(step: int) -> None:
     flipped: list[dict[str, Any]] = [dict(event) for event in STRAIGHT]
     flipped[step - 1]["loss"] += 2**-50
     verdict = compare_runs(STRAIGHT, flipped, 6)
-    assert not verdict.identical
+    assert not verdict.ok
     assert verdict.reason.startswith(f"step {step}: loss")
 
 
@@ -38,7 +38,7 @@ def test_one_missing_step_is_found(step: int) -> None:
 
 
 def test_a_repeated_step_with_another_loss_is_found() -> None:
-    assert not compare_runs(STRAIGHT, [*STRAIGHT, {"event": "step", "step": 3, "loss": 0.5}], 6).identical
+    assert not compare_runs(STRAIGHT, [*STRAIGHT, {"event": "step", "step": 3, "loss": 0.5}], 6).ok
 
 
 def test_checkpoints_are_compared_bit_by_bit(tmp_path: Path) -> None:
@@ -48,14 +48,35 @@ def test_checkpoints_are_compared_bit_by_bit(tmp_path: Path) -> None:
     other = weights.clone()
     other[500] = 500.00003
     save(tmp_path / "c", {"w": other})
-    assert compare_checkpoints(tmp_path / "a", tmp_path / "b").identical
-    assert compare_checkpoints(tmp_path / "a", tmp_path / "c").reason == "tensor w differs"
+    assert compare_checkpoints(str(tmp_path / "a"), str(tmp_path / "b"), {}).ok
+    assert compare_checkpoints(str(tmp_path / "a"), str(tmp_path / "c"), {}).reason == "tensor w differs"
 
 
 def test_a_line_torn_by_a_kill_is_no_event(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text('{"event": "step", "step": 1, "loss": 2.5}\n{"event": "st')
     assert read_events(log) == [{"event": "step", "step": 1, "loss": 2.5}]
+
+
+ROWS = [{"event": "step", "step": step, "rows": {str(16 * step + i): i * step for i in range(4)}} for step in (1, 2, 3)]
+
+
+def split(events: list[dict[str, Any]], rank: int) -> list[dict[str, Any]]:
+    """One of two ranks' share of the rows."""
+    return [e | {"rows": {p: crc for p, crc in e["rows"].items() if int(p) % 2 == rank}} for e in events]
+
+
+def test_a_stream_that_is_split_over_ranks_is_the_same_stream() -> None:
+    assert compare_streams(ROWS, [split(ROWS, 0), split(ROWS, 1)], 1, 3).ok
+
+
+def test_a_lost_a_repeated_and_a_changed_row_are_found() -> None:
+    left, right = split(ROWS, 0), split(ROWS, 1)
+    changed = [dict(event) for event in right]
+    changed[1]["rows"] = {p: crc ^ 1 for p, crc in changed[1]["rows"].items()}
+    for ranks in ([left], [left, left, right], [left, changed]):
+        assert not compare_streams(ROWS, ranks, 1, 3).ok
+    assert compare_streams(ROWS, [left, right[:2]], 1, 3).reason == "step 3 is missing"
 
 
 def stoker(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -66,13 +87,15 @@ def stoker(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_whole_demonstration_ends_with_ok(tmp_path: Path) -> None:
-    done = stoker("demo", "--steps", "45", "--corpus-files", "60", "--json", cwd=tmp_path)
+    done = stoker("demo", "--steps", "60", "--corpus-files", "60", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] is True
     assert report["resume_bit_identical"] is True
+    assert report["elastic_stream_identical"] is True
+    assert report["elastic_parameters_identical"] is True
     assert report["resumed_from_step"] < report["killed_in_save_of_step"]
-    assert len(report["losses"]) == 45
+    assert len(report["losses"]) == 60
     assert report["losses"][-1] < report["losses"][0]
     assert not list(tmp_path.iterdir())
 

@@ -504,7 +504,7 @@ def _documents(metadata: Metadata, entries: Mapping[str, _Entry]) -> dict[str, b
             leaves[name] = None
             tensors.append((list(paths.get(name, (name,))), name))
     tree = unflatten_state_dict(leaves, {name: paths.get(name, (name,)) for name in leaves})
-    items = {key: value for key, value in tree.items() if key.isidentifier() and len(key) <= 64}
+    items = {key: value for key, value in tree.items() if key.isidentifier() and key.isascii() and len(key) <= 64}
     of_item: dict[str, list[Any]] = {key: [] for key in items}
     of_rest: list[Any] = []
     for path, name in tensors:

@@ -70,6 +70,8 @@ __all__ = [
 
 VERSION = 1
 """Major version of fragments and manifests; a reader refuses any other by name."""
+_EXACTLY_ONCE = "every element of a tensor must be written exactly once"
+
 _FRAGMENT_TYPES: dict[str, Any] = {
     "rank": pa.int32(),
     "world_size": pa.int32(),
@@ -362,6 +364,9 @@ class Manifest:
         if wrong is not None:
             row_number, rule = wrong
             raise FormatError(rule, value=tensors.info(int(boxes.tensor[row_number])).name, place=place)
+        uncovered = uncovered_tensor(tensors.shape, boxes.tensor, boxes.offsets, boxes.shape)
+        if uncovered is not None:
+            raise FormatError(_EXACTLY_ONCE, value=tensors.info(uncovered).name, place=place)
         return cls._make(
             world_size=row["world_size"][0].as_py(),
             tensors=tensors,
@@ -558,18 +563,23 @@ def _fail_cover(
     info = tensors.info(index)
     ndim = len(info.global_shape)
     where = f"{place}: {info.name} {list(info.global_shape)}"
-    rule = "every element of a tensor must be written exactly once"
     rows = np.flatnonzero((boxes.tensor == index) & (boxes.shape > 0).all(axis=1))
     low, high = boxes.offsets[rows, :ndim], (boxes.offsets + boxes.shape)[rows, :ndim]
     region = first_wrong_region(low, high, info.global_shape)
     if region is None:
-        _fail(rule, where, (), fragments, value="chunks that leave gaps, overlap or are cut in too many dimensions")
+        _fail(
+            _EXACTLY_ONCE,
+            where,
+            (),
+            fragments,
+            value="chunks that leave gaps, overlap or are cut in too many dimensions",
+        )
     text = "[" + ", ".join(f"{start}:{end}" for start, end in region) + "]"
     lows, highs = ints([start for start, _ in region]), ints([end for _, end in region])
     hits = [row for row, a, b in zip(rows, low, high, strict=True) if (a <= lows).all() and (highs <= b).all()]
     if hits:
         writers = [writer_of(blobs[int(spans.blob[row])].path) for row in hits]
-        _fail(rule, where, writers, fragments, value=f"{len(hits)} times {text} from")
+        _fail(_EXACTLY_ONCE, where, writers, fragments, value=f"{len(hits)} times {text} from")
     holders = []
     for fragment, code in zip(fragments, codes, strict=True):
         held = fragment._held
@@ -578,5 +588,5 @@ def _fail_cover(
         if ((start < highs) & (lows < end)).all(axis=1).any():
             holders.append(fragment.rank)
     if holders:
-        _fail(rule, where, holders, fragments, value=f"nobody wrote {text}, held by")
-    _fail(rule, where, (), fragments, value=f"nobody holds or wrote {text}")
+        _fail(_EXACTLY_ONCE, where, holders, fragments, value=f"nobody wrote {text}, held by")
+    _fail(_EXACTLY_ONCE, where, (), fragments, value=f"nobody holds or wrote {text}")

@@ -45,9 +45,10 @@ class Retirement:
     def resume(self, own_nonces: Collection[str]) -> None:
         """No save is under way: delete what is due. The first time, look for what dead runs left, too."""
         self._saving.clear()
-        self._thread.submit(self._work, frozenset(own_nonces))
+        # The set itself, not a copy: the next save may begin before the sweep, which must know that save's nonce.
+        self._thread.submit(self._work, own_nonces)
 
-    def _work(self, own_nonces: frozenset[str]) -> None:
+    def _work(self, own_nonces: Collection[str]) -> None:
         try:
             if not self._swept:
                 self._swept = True
@@ -56,7 +57,7 @@ class Retirement:
         except StokerError as error:  # what is left is found again by the next run
             logger.warning("could not delete retired data under %s: %s", self._store.url, error)
 
-    def _sweep(self, own_nonces: frozenset[str]) -> None:
+    def _sweep(self, own_nonces: Collection[str]) -> None:
         """Announce attempts of dead runs that were never committed, and steps retired long ago.
 
         Their writers are fenced by this run's term.

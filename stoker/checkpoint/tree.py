@@ -101,8 +101,10 @@ def view_tree(tree: dict[str, Any]) -> TreeView:
     view = TreeView(tree=tree)
     names_of = names_of_parameters(tree)
     for key, thing in tree.items():
-        if not isinstance(key, str) or not key.isidentifier():
-            raise UnsupportedState("an item's name must be an identifier", value=repr(key), place="tree")
+        # It names a document of the step, so it must be a file name anywhere.
+        if not isinstance(key, str) or not key.isidentifier() or not key.isascii() or len(key) > 64:
+            rule = "an item's name must be an ASCII identifier of 64 characters at most"
+            raise UnsupportedState(rule, value=repr(key)[:200], place="tree")
         view.items[key] = _take_apart(view, key, thing, names_of)
     return view
 

@@ -88,7 +88,7 @@ def test_two_places_that_give_one_dotted_name_are_refused() -> None:
         view_tree({"extra": {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}})
 
 
-@pytest.mark.parametrize("tree", [{"a b": 1}, {"a.b": 1}, {3: 1}, {"": 1}])
+@pytest.mark.parametrize("tree", [{"a b": 1}, {"a.b": 1}, {3: 1}, {"": 1}, {"größe": 1}, {"x" * 65: 1}])
 def test_an_item_that_is_no_identifier_is_refused(tree: dict[Any, Any]) -> None:
     with pytest.raises(UnsupportedState, match="identifier"):
         view_tree(tree)

@@ -1,0 +1,426 @@
+"""The log under every schedule: real transitions and protocol, simulated store, network and time.
+
+Processes are generators that stop before each request; a seeded scheduler decides whose request takes effect next, so a
+process may sleep between its decision and the effect for as long as all others need. Two thousand seeds run a writer that
+stalls, a second one that restores and takes over, a third that goes back to an older step, retention, truncation and two
+collectors, over a network that loses replies and delivers requests late. After every effect the invariants are checked.
+
+That the simulation can see what it looks for is proved by mutants: take any single guard away and it finds a violation.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import pytest
+
+from stoker.checkpoint.log import (
+    CreateRecord,
+    FetchRecord,
+    ListNewest,
+    Record,
+    Request,
+    Transition,
+    append_steps,
+    collect_record,
+    commit_record,
+    head_steps,
+    keep_last,
+    log_key,
+    nonce_of,
+    open_record,
+    parse_log_key,
+)
+from stoker.errors import (
+    AttemptCollected,
+    CommitUnknown,
+    DeadlineExceeded,
+    Fenced,
+    NoCheckpoint,
+    StepAlreadyCommitted,
+    StoreUnavailable,
+)
+
+NUM_SEEDS = 2000
+KEEP_STEPS = 2
+KEEP_RECORDS = 3  # so few that a short nap of a writer is enough to lose its number
+FILES = 2  # of an attempt
+SHA256 = "0" * 64
+
+T = TypeVar("T")
+Process = Generator[None, None, T]
+
+
+@dataclass(kw_only=True)
+class Rules:
+    """The guards, each of which a mutant replaces."""
+
+    open: Callable[..., Record] = open_record
+    commit: Callable[..., Record] = commit_record
+    collect: Callable[..., Record] = collect_record
+    append: Callable[[Transition], Generator[Request, Any, Record]] = append_steps
+    exclusive_create: bool = True
+    open_before_data: bool = True
+    announce_before_delete: bool = True
+    list_before_head: bool = True
+
+
+@dataclass
+class World:
+    """The store, what the network still carries, and what has been seen."""
+
+    rules: Rules
+    random: random.Random
+    records: dict[str, bytes] = field(default_factory=dict)
+    files: set[tuple[str, int]] = field(default_factory=set)
+    in_flight: list[CreateRecord] = field(default_factory=list)
+    head: Record | None = None
+    ever_live: set[str] = field(default_factory=set)
+    retired: set[str] = field(default_factory=set)
+    violations: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
+
+    def answer(self, request: Request) -> Any:
+        if isinstance(request, ListNewest):
+            return min(self.records, default=None)
+        if isinstance(request, FetchRecord):
+            if request.key not in self.records:
+                self.seen["a record truncated between LIST and GET"] += 1
+            return self.records.get(request.key)
+        luck = self.random.random()
+        if luck < 0.04:
+            self.seen["a request that is delivered late"] += 1
+            self.in_flight.append(request)
+            return "unknown"
+        if luck < 0.06:
+            return "unknown"
+        created = self.create(request)
+        if luck < 0.12:
+            self.seen["a lost reply"] += 1
+            return "unknown"
+        return "created" if created else "exists"
+
+    def create(self, request: CreateRecord) -> bool:
+        if request.key in self.records and self.rules.exclusive_create:
+            self.seen["a lost race for a number"] += 1
+            return False
+        seq = parse_log_key(request.key)
+        assert seq is not None
+        if self.head is not None and seq < self.head.seq:
+            self.seen["a number that was truncated taken again"] += 1
+        self.records[request.key] = request.data
+        self.look()
+        return True
+
+    def delete_file(self, nonce: str, part: int) -> None:
+        self.files.discard((nonce, part))
+        self.check_whole()
+
+    def truncate(self) -> None:
+        for key in sorted(self.records)[KEEP_RECORDS:]:
+            del self.records[key]
+
+    def look(self) -> None:
+        """Compare the newest record with the one before it."""
+        key = min(self.records)
+        new, old = Record.from_json(self.records[key], place=key), self.head
+        if new == old:
+            return
+        self.head = new
+        before = old.live if old is not None else {}
+        rewinds = new.kind == "rewind"
+        if old is not None and new.seq != old.seq + 1:
+            self.violations["a record out of sequence"] += 1
+        if (new.latest or -1) < max(before, default=-1) and not rewinds:
+            self.violations["latest() went backwards"] += 1
+        for step, one in new.live.items():
+            if one.nonce in self.retired:
+                self.violations["a step that was deleted came back"] += 1
+            if step in before and before[step].nonce != one.nonce and not rewinds:
+                self.violations["a committed step was replaced"] += 1
+            self.ever_live.add(one.nonce)
+        live = {one.nonce for one in new.live.values()}
+        for one in before.values():
+            if one.nonce not in live:
+                self.retired.add(one.nonce)
+                if one.nonce not in new.dead:
+                    self.violations["a step was dropped without being announced"] += 1
+        if rewinds:
+            self.seen["a rewind"] += 1
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        if self.head is not None:
+            for one in self.head.live.values():
+                if any((one.nonce, part) not in self.files for part in range(FILES)):
+                    self.violations["a visible step is torn"] += 1
+
+    def acknowledge(self, nonce: str) -> None:
+        self.seen["a commit"] += 1
+        if nonce not in self.ever_live:
+            self.violations["a commit was acknowledged that never was"] += 1
+
+
+def ask(world: World, steps: Generator[Request, Any, T]) -> Process[T]:
+    """Run the protocol: stop before each request, then let it take effect."""
+    try:
+        request = next(steps)
+        while True:
+            yield
+            request = steps.send(world.answer(request))
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+def delete(world: World, nonce: str) -> Process[None]:
+    for part in range(FILES):
+        yield
+        world.delete_file(nonce, part)
+
+
+def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Process[None]:
+    """Restore the newest step (or one `back` before it), then save step after step as a manager does."""
+    rules = world.rules
+    head = yield from ask(world, head_steps())
+    steps = head.steps if head is not None else []
+    at = steps[max(0, len(steps) - 1 - back)] if steps else 0
+    rewind_to = at if back and steps else None
+    term: int | None = None
+    for i in range(num_saves):
+        step = at + 10 * (i + 1)
+        for nth in range(3):
+            nonce = nonce_of(run_id, step, nth)
+            if term is None and rules.open_before_data:
+                term = yield from take_term(world, run_id, rewind_to)
+            for part in range(FILES):
+                yield
+                world.files.add((nonce, part))
+            if term is None:
+                term = yield from take_term(world, run_id, rewind_to)
+            if term == 0:
+                return
+            transition = commit_of(rules, term=term, step=step, nonce=nonce)
+            try:
+                record = yield from ask(world, rules.append(transition))
+            except Fenced:
+                world.seen["a fenced writer"] += 1
+                return
+            except AttemptCollected:
+                world.seen["an attempt that was collected"] += 1
+                continue
+            except StepAlreadyCommitted:
+                world.seen["a step committed already"] += 1
+                break
+            except StoreUnavailable:
+                yield from delete(world, nonce)  # only a mutant comes here: it takes a lost reply for a failure
+                break
+            except (CommitUnknown, DeadlineExceeded):
+                break
+            world.acknowledge(nonce)
+            for dead in record.dead:
+                yield from delete(world, dead)
+            yield
+            world.truncate()
+            break
+
+
+def take_term(world: World, run_id: str, rewind_to: int | None) -> Process[int]:
+    """The term; 0 if the run can't start."""
+    try:
+        record = yield from ask(
+            world, world.rules.append(lambda head: world.rules.open(head, run_id, rewind_to=rewind_to))
+        )
+    except (NoCheckpoint, StoreUnavailable):
+        return 0
+    return record.term
+
+
+def commit_of(rules: Rules, *, term: int, step: int, nonce: str) -> Transition:
+    return lambda head: rules.commit(
+        head, term=term, step=step, nonce=nonce, manifest_sha256=SHA256, keep=keep_last(KEEP_STEPS)
+    )
+
+
+def collector(world: World) -> Process[None]:
+    """Delete what no record needs; it has no mercy with young attempts."""
+    yield
+    nonces = {nonce for nonce, _ in world.files}
+    if not world.rules.announce_before_delete:
+        head = yield from ask(world, head_steps())
+        live = {one.nonce for one in head.live.values()} if head is not None else set()
+        for nonce in sorted(nonces - live):
+            yield from delete(world, nonce)
+        return
+    try:
+        record = yield from ask(world, world.rules.append(lambda head: world.rules.collect(head, nonces=nonces)))
+    except (NoCheckpoint, StoreUnavailable):
+        return
+    doomed = nonces & set(record.dead)
+    if not world.rules.list_before_head:
+        yield
+        doomed = {nonce for nonce, _ in world.files} - {one.nonce for one in record.live.values()}
+    for nonce in sorted(doomed):
+        world.seen["garbage collected"] += 1
+        yield from delete(world, nonce)
+
+
+def network(world: World) -> Process[None]:
+    """Deliver late what a writer gave up waiting for."""
+    for _ in range(60):
+        yield
+        if world.in_flight:
+            world.create(world.in_flight.pop(world.random.randrange(len(world.in_flight))))
+
+
+def simulate(seed: int, rules: Rules) -> World:
+    rng = random.Random(seed)
+    world = World(rules, rng)
+    processes: dict[str, Process[None]] = {
+        "stalled": writer(world, "stalled", 3),
+        "second": writer(world, "second", 4),
+        "back": writer(world, "back", 2, back=rng.randrange(2)),
+        "collector": collector(world),
+        "collector 2": collector(world),
+        "collector 3": collector(world),
+        "network": network(world),
+    }
+    speed = {name: rng.choice((0.02, 0.3, 1, 1, 3)) for name in processes}
+    start = dict.fromkeys(processes, 0)
+    start |= {"second": rng.randrange(40), "back": rng.randrange(40, 120), "network": 0}
+    start |= {name: rng.randrange(120) for name in processes if name.startswith("collector")}
+    now = 0
+    while processes and not world.violations:
+        ready = [name for name in processes if now >= start[name]] or list(processes)
+        name = rng.choices(ready, [speed[one] for one in ready])[0]
+        now += 1
+        if rng.random() < 0.1:
+            speed[name] = rng.choice((0.01, 0.3, 1, 3))  # it falls asleep, or wakes up
+        try:
+            next(processes[name])
+        except StopIteration:
+            del processes[name]
+    return world
+
+
+GUARDS = [
+    "a commit",
+    "a fenced writer",
+    "an attempt that was collected",
+    "a step committed already",
+    "a lost race for a number",
+    "a lost reply",
+    "a request that is delivered late",
+    "a number that was truncated taken again",
+    "a record truncated between LIST and GET",
+    "a rewind",
+    "garbage collected",
+]
+
+
+def test_no_schedule_breaks_an_invariant_and_every_guard_is_needed_somewhere() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(NUM_SEEDS):
+        world = simulate(seed, Rules())
+        assert not world.violations, (seed, world.violations)
+        seen += world.seen
+    assert all(seen[guard] > 10 for guard in GUARDS), seen
+    assert set(seen) == set(GUARDS)
+
+
+# ---- mutants: each takes one guard away
+
+
+def commit_under_any_term(head: Record | None, *, term: int, **wanted: Any) -> Record:
+    return commit_record(head, term=head.term if head is not None else term, **wanted)
+
+
+def commit_of_the_dead(head: Record | None, **wanted: Any) -> Record:
+    blind = replace(head, dead=()) if head is not None else None
+    record = commit_record(blind, **wanted)
+    if record is blind and head is not None:
+        return head
+    return replace(record, dead=(head.dead if head is not None else ()) + record.dead)
+
+
+def commit_over_another(head: Record | None, *, step: int, nonce: str, **wanted: Any) -> Record:
+    if head is None or step not in head.live or head.live[step].nonce == nonce:
+        return commit_record(head, step=step, nonce=nonce, **wanted)
+    without = {s: one for s, one in head.live.items() if s != step}
+    return commit_record(replace(head, live=without), step=step, nonce=nonce, **wanted)
+
+
+def commit_without_announcing(head: Record | None, **wanted: Any) -> Record:
+    record = commit_record(head, **wanted)
+    return record if record is head or head is None else replace(record, dead=head.dead)
+
+
+def commit_that_keeps_the_oldest(head: Record | None, *, step: int, **wanted: Any) -> Record:
+    record = commit_record(head, step=step, **(wanted | {"keep": lambda steps: steps}))
+    if record is head:
+        return record
+    kept = {step, min(record.live)}
+    gone = tuple(one.nonce for s, one in record.live.items() if s not in kept)
+    return replace(record, live={s: record.live[s] for s in kept}, dead=record.dead + gone)
+
+
+def open_without_a_new_term(head: Record | None, run_id: str, **wanted: Any) -> Record:
+    record = open_record(head, run_id, **wanted)
+    return record if record is head or head is None else replace(record, term=head.term)
+
+
+def collect_and_forget(head: Record | None, *, nonces: set[str]) -> Record:
+    record = collect_record(head, nonces=nonces)
+    return record if record is head or head is None else replace(record, dead=record.dead[len(head.dead) :])
+
+
+def collect_the_live(head: Record | None, *, nonces: set[str]) -> Record:
+    blind = replace(head, live={}) if head is not None else None
+    record = collect_record(blind, nonces=nonces)
+    if head is None or record is blind:
+        return record if head is None else head
+    return replace(record, live=head.live)
+
+
+def append_without_a_second_look(transition: Transition) -> Generator[Request, Any, Record]:
+    while True:
+        head = yield from head_steps()
+        record = transition(head)
+        if record is head:
+            return record
+        if (yield CreateRecord(log_key(record.seq), record.to_json())) == "created":
+            return record
+
+
+def append_that_gives_up_on_a_lost_reply(transition: Transition) -> Generator[Request, Any, Record]:
+    while True:
+        head = yield from head_steps()
+        record = transition(head)
+        if record is head:
+            return record
+        if (yield CreateRecord(log_key(record.seq), record.to_json())) == "unknown":
+            raise StoreUnavailable("lost")
+
+
+MUTANTS: dict[str, Rules] = {
+    "a commit needs no term of its own": Rules(commit=commit_under_any_term),
+    "opening takes no new term": Rules(open=open_without_a_new_term),
+    "the dead may be committed": Rules(commit=commit_of_the_dead),
+    "a step may be committed over another attempt": Rules(commit=commit_over_another),
+    "retention announces nothing": Rules(commit=commit_without_announcing),
+    "retention may drop the newest step": Rules(commit=commit_that_keeps_the_oldest),
+    "a collector forgets what others announced": Rules(collect=collect_and_forget),
+    "a collector takes live steps too": Rules(collect=collect_the_live),
+    "a collector deletes before it announces": Rules(announce_before_delete=False),
+    "a collector lists after it looked at the log": Rules(list_before_head=False),
+    "data is written before the term is taken": Rules(open_before_data=False),
+    "no second look after an append": Rules(append=append_without_a_second_look),
+    "a lost reply is a failure": Rules(append=append_that_gives_up_on_a_lost_reply),
+    "a record may be overwritten": Rules(exclusive_create=False),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_without_one_guard_some_schedule_breaks_an_invariant(name: str) -> None:
+    assert any(simulate(seed, MUTANTS[name]).violations for seed in range(NUM_SEEDS))
