@@ -223,7 +223,7 @@ class CachedSource(Source):
             crc = self.tables.blocks(shard).crc32c[block - int(self.tables.blocks_before[shard])]
             yield Block(
                 key=shard_key(shard),
-                version=self.tables.shards.sha256[shard].hex(),
+                version=self.tables.shards.sha256[shard].tobytes().hex(),
                 start=start,
                 end=end,
                 crc32c=int(crc),

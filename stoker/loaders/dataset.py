@@ -305,6 +305,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         """
         if not 0 <= sample < self._length:
             raise ConfigError(f"sample numbers are in [0, {self._length})", value=sample, place=self.url)
+        self._renew_after_fork()
         return self._tables.spans(sample * self.seq_len, sample * self.seq_len + self.seq_len + 1)
 
     def close(self) -> None:
@@ -324,13 +325,16 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     @contextmanager
     def _locked_source(self) -> Iterator[Source]:
+        self._renew_after_fork()
+        with self._lock:
+            yield self._open_source()
+
+    def _renew_after_fork(self) -> None:
         if self._pid != os.getpid():
-            # A forked child: another thread of the parent may have held the lock, and object stores don't survive.
+            # Another thread of the parent may have held the lock, and clients of object stores don't survive a fork.
             self._lock, self._pid, self._source = threading.Lock(), os.getpid(), None
             if not self.is_local:
                 self._tables = Tables(self._open_store(), self.manifest, self._tables.shards)
-        with self._lock:
-            yield self._open_source()
 
     def _open_source(self) -> Source:
         if self._closed:

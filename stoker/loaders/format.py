@@ -241,7 +241,7 @@ class ShardTable:
     Attributes:
         documents_before: documents that start in earlier shards. tokens_before: tokens in earlier shards.
         continued: whether the first row goes on with a document of the shard before.
-        file_bytes, sha256: size and digest of the data file.
+        file_bytes, sha256: size and digest of the data file; digests are rows of 32 bytes.
         tokens_start: byte offset of the first token in the data file; the tokens follow without a gap.
         blocks_start, blocks_crc32c: where the shard's rows stand in ``blocks.arrow``, and their checksum.
         lengths_start, lengths_crc32c: the same for ``lengths.arrow``.
@@ -251,7 +251,7 @@ class ShardTable:
     tokens_before: NDArray[np.int64]
     continued: NDArray[np.bool_]
     file_bytes: NDArray[np.int64]
-    sha256: tuple[bytes, ...]
+    sha256: NDArray[np.uint8]
     tokens_start: NDArray[np.int64]
     blocks_start: NDArray[np.int64]
     blocks_crc32c: NDArray[np.uint32]
@@ -273,9 +273,10 @@ class ShardTable:
         }
         for name, total in (("documents_before", manifest.documents), ("tokens_before", manifest.tokens)):
             columns[name] = np.append(columns[name], np.int64(total))
+        digests: Any = table.column("sha256").chunk(0)
         shards = cls(
             continued=table.column("continued").to_numpy(),
-            sha256=tuple(cast(bytes, value) for value in table.column("sha256").to_pylist()),
+            sha256=np.frombuffer(digests.buffers()[1], np.uint8, 32 * len(digests)).reshape(-1, 32),
             **columns,
         )
         shards._check(manifest, place)

@@ -177,9 +177,9 @@ def _check_shard(tables: Tables, shard: int, crcs: NDArray[np.uint32], lengths: 
 
 def _check_file(tables: Tables, shard: int, content: memoryview, lengths: NDArray[np.uint32]) -> Iterator[str]:
     """What is wrong beside the tokens."""
-    found = hashlib.sha256(content).digest()
-    if found != tables.shards.sha256[shard]:
-        yield f"the data file must have SHA-256 {tables.shards.sha256[shard].hex()}, got {found.hex()}"
+    found, expected = hashlib.sha256(content).hexdigest(), tables.shards.sha256[shard].tobytes().hex()
+    if found != expected:
+        yield f"the data file must have SHA-256 {expected}, got {found}"
         return
     table = read_arrow(content, shard_schema(tables.manifest.dtype), tables.store.place(shard_key(shard)))
     rows: Any = table.column("input_ids").chunk(0)

@@ -4,6 +4,9 @@ import logging
 import multiprocessing
 import os
 import pickle
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -228,6 +231,33 @@ def test_more_shards_than_maps_are_read_in_turns(tmp_path: Path, monkeypatch: py
         assert (gathered(dataset, samples)[0] == expected).all()
 
 
+_FEW_FILES = """
+import resource, sys
+import numpy as np
+from stoker.loaders import TokenDataset
+
+soft, hard = (int(argument) for argument in sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+with TokenDataset(sys.argv[1], seq_len=10) as dataset:
+    samples = np.random.default_rng(0).permutation(len(dataset))
+    plan = dataset.plan(samples)
+    input_ids, labels = np.empty((8, 10), np.int64), np.empty((8, 10), np.int64)
+    for start in range(0, len(samples) - 8, 8):
+        dataset.gather_planned(plan, start, start + 8, input_ids, labels)
+        assert (input_ids[:, 0] == samples[start : start + 8] * 10).all()
+print(dataset.manifest.shards, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+def test_a_process_with_few_descriptors_reads_many_shards(tmp_path: Path) -> None:
+    write_set(tmp_path, [np.arange(6000)], blocks_per_shard=1)
+    for hard in ("80", "4096"):  # where the hard limit allows it, the soft one is raised
+        run = subprocess.run(
+            [sys.executable, "-c", _FEW_FILES, str(tmp_path), "80", hard], capture_output=True, text=True, check=False
+        )
+        assert run.stdout.split() == ["94", hard], run.stderr
+
+
 # --- no wrong byte ----------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +439,7 @@ def test_a_forked_child_reads_though_a_thread_of_its_parent_held_the_lock(tmp_pa
     with dataset._lock:
         pid = os.fork()
         if pid == 0:
+            signal.alarm(20)  # a child that waits for the lock must not outlive the test
             os._exit(0 if dataset[1]["input_ids"].tolist() == list(range(9, 17)) else 1)
     assert os.waitpid(pid, 0)[1] == 0
     dataset.close()
@@ -417,8 +448,11 @@ def test_a_forked_child_reads_though_a_thread_of_its_parent_held_the_lock(tmp_pa
 # --- remote -----------------------------------------------------------------------------------------------------------
 
 
+Uploaded = Callable[[Path], tuple[str, dict[str, Any]]]
+
+
 @pytest.fixture
-def uploaded(s3_server: S3Server, tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
+def uploaded(s3_server: S3Server, tmp_path: Path) -> Uploaded:
     """Copy a local data set into the S3 server; returns url and options."""
 
     def upload(root: Path) -> tuple[str, dict[str, Any]]:
@@ -460,9 +494,7 @@ def test_a_remote_set_written_in_place_reads_as_the_local_one(
         assert node_cache.stats().misses == remote.manifest.blocks
 
 
-def test_samples_of_one_block_fetch_one_block(
-    uploaded: Callable[..., tuple[str, dict[str, Any]]], node_cache: TieredCache, small: Path
-) -> None:
+def test_samples_of_one_block_fetch_one_block(uploaded: Uploaded, node_cache: TieredCache, small: Path) -> None:
     url, options = uploaded(small)
     with TokenDataset(url, seq_len=8, cache=node_cache, **options) as dataset:
         input_ids, labels = gathered(dataset, np.arange(24, 32))  # block 3 ends its shard
@@ -472,7 +504,7 @@ def test_samples_of_one_block_fetch_one_block(
 
 
 def test_prefetch_brings_blocks_in_before_they_are_asked_for(
-    uploaded: Callable[..., tuple[str, dict[str, Any]]], node_cache: TieredCache, small: Path
+    uploaded: Uploaded, node_cache: TieredCache, small: Path
 ) -> None:
     url, options = uploaded(small)
     with TokenDataset(url, seq_len=8, cache=node_cache, **options) as dataset:
@@ -482,26 +514,23 @@ def test_prefetch_brings_blocks_in_before_they_are_asked_for(
         assert node_cache.stats().misses == 3
 
 
-def test_fewer_views_than_blocks_are_used_in_turns(
-    uploaded: Callable[..., tuple[str, dict[str, Any]]], node_cache: TieredCache, small: Path
-) -> None:
+def test_fewer_views_than_blocks_are_used_in_turns(uploaded: Uploaded, node_cache: TieredCache, small: Path) -> None:
     url, options = uploaded(small)
     with TokenDataset(url, seq_len=8, cache=node_cache, **options) as dataset:
-        plan = dataset.plan(np.arange(len(dataset)))
+        samples = np.random.default_rng(4).permutation(len(dataset))
+        plan = dataset.plan(samples)
         with dataset._locked_source() as source:
             assert isinstance(source, source_module.CachedSource)
             source.max_views = 2
         input_ids, labels = np.empty((2, 8), np.int64), np.empty((2, 8), np.int64)
         for start in range(0, len(plan) - 1, 2):
             dataset.gather_planned(plan, start, start + 2, input_ids, labels)
-            assert (input_ids.ravel() == np.arange(start * 8, start * 8 + 16)).all()
+            assert (input_ids[:, 0] == samples[start : start + 2] * 8).all()
             assert len(source._views) <= 2
         assert node_cache.stats().misses == dataset.manifest.blocks
 
 
-def test_remote_damage_is_told_by_object_and_range(
-    uploaded: Callable[..., tuple[str, dict[str, Any]]], node_cache: TieredCache, small: Path
-) -> None:
+def test_remote_damage_is_told_by_object_and_range(uploaded: Uploaded, node_cache: TieredCache, small: Path) -> None:
     with TokenDataset(small, seq_len=8) as dataset:
         start, end = dataset._tables.byte_range(0, 1)
     flip_bit(small / "data" / "00000000.arrow", start)
@@ -517,7 +546,7 @@ def test_remote_damage_is_told_by_object_and_range(
 
 
 def test_remote_sets_without_a_cache_share_one_and_say_so_once(
-    uploaded: Callable[..., tuple[str, dict[str, Any]]],
+    uploaded: Uploaded,
     node_cache: TieredCache,
     small: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -534,6 +563,32 @@ def test_remote_sets_without_a_cache_share_one_and_say_so_once(
         assert one[0]["input_ids"][0] == two[0]["input_ids"][0] == 0
     assert node_cache.stats().misses == 1
     assert len([r for r in caplog.records if "share one default cache" in r.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("seq_len", [10, 64, 100])
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_row_that_touches_a_damaged_block_is_never_delivered(
+    uploaded: Uploaded, node_cache: TieredCache, small: Path, seq_len: int, is_local: bool
+) -> None:
+    with TokenDataset(small, seq_len=8) as dataset:
+        start, _ = dataset._tables.byte_range(0, 2)
+    flip_bit(small / "data" / "00000000.arrow", start + 100)
+    url, options = (str(small), {}) if is_local else uploaded(small)
+    with TokenDataset(url, seq_len=seq_len, cache=node_cache, **options) as dataset:
+        for seed in range(5):
+            samples = np.random.default_rng(seed).permutation(len(dataset))
+            plan = dataset.plan(samples)
+            input_ids, labels = np.empty((1, seq_len), np.int64), np.empty((1, seq_len), np.int64)
+            for row, sample in enumerate(samples.tolist()):
+                first = sample * seq_len
+                try:
+                    dataset.gather_planned(plan, row, row + 1, input_ids, labels)
+                except CorruptBlock:
+                    assert first < 192 and first + seq_len > 128
+                else:
+                    assert first >= 192 or first + seq_len <= 128
+                    assert (input_ids[0] == np.arange(first, first + seq_len)).all()
+                    assert (labels[0] == np.arange(first + 1, first + seq_len + 1)).all()
 
 
 def test_a_missing_bucket_and_a_missing_set_are_told_apart(s3_server: S3Server, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_the_shard_table_finds_tokens_and_table_slices_in_the_files() -> None:
     for n in range(len(shards)):
         begin, end = shards.tokens_before[n : n + 2]
         data = (root / shard_key(n)).read_bytes()
-        assert hashlib.sha256(data).digest() == shards.sha256[n]
+        assert hashlib.sha256(data).digest() == shards.sha256[n].tobytes()
         assert data[shards.tokens_start[n] :].startswith(stream[begin:end].tobytes())
         mine = lengths[shards.documents_before[n] : shards.documents_before[n + 1]]
         assert (root / "lengths.arrow").read_bytes()[shards.lengths_start[n] :].startswith(mine.tobytes())

@@ -199,7 +199,7 @@ def test_the_stream_is_the_next_live_positions_step_after_step(
 
 def test_order_and_places_are_computed_for_many_batches_at_once() -> None:
     source = MemorySamples(100_000)
-    for rows, batches in ((1, 4096), (16, 256), (1024, 64)):
+    for rows, batches in ((1, 8192), (16, 512), (1024, 64)):
         source.planned.clear()
         loader = TokenLoader(source, batch_size=rows, shuffle=SMALL)
         for _ in islice(loader, batches):
@@ -463,7 +463,7 @@ def test_a_fault_while_rows_are_located_loses_nothing() -> None:
     for local in (True, False):
         source = Unlocatable(10_000, is_local=local)
         loader = a_loader(source=source)
-        got = positions_of(islice(loader, 1024))  # all steps of the first plan
+        got = positions_of(islice(loader, 2048))  # all steps of the first plan
         source.failing = True
         with pytest.raises(CorruptBlock, match="blocks.arrow"):
             next(loader)

@@ -1,6 +1,7 @@
 """The loader over a real data set on disk: the right tokens, exact resumes, stock DataLoader, damage told by next."""
 
 import gc
+import hashlib
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from torch.utils.data import DataLoader
 from stoker.errors import CorruptBlock, StateMismatch, UnsupportedError
 from stoker.loaders import TokenDataset, TokenLoader, TokenWriter
 from stoker.loaders.order import Window
+from stoker.storage import TieredCache, open_store
+from stoker.testing.s3 import S3Server
 
 SEQ_LEN = 32
 SMALL = Window(lanes=3, blocks=2)
@@ -74,6 +77,30 @@ def test_a_resume_in_another_place_at_another_world_size_goes_on_exactly(tmp_pat
         dataset.close()
 
 
+def test_a_remote_data_set_gives_the_stream_of_a_local_one(
+    s3_server: S3Server, node_cache: TieredCache, tmp_path: Path
+) -> None:
+    url, options = s3_server.url("stoker", "loader"), s3_server.storage_options
+    write(tmp_path / "data", "uint16")
+    for file in sorted((tmp_path / "data").rglob("*")):
+        if file.is_file():
+            with open_store(url, **options) as store:
+                store.put(str(file.relative_to(tmp_path / "data")), file.read_bytes())
+    digests = []
+    for dataset in (
+        TokenDataset(tmp_path / "data", seq_len=SEQ_LEN),
+        TokenDataset(url, seq_len=SEQ_LEN, cache=node_cache, storage_options=options),
+    ):
+        digest = hashlib.sha256()
+        with dataset, TokenLoader(dataset, batch_size=8, shuffle=SMALL, epochs=2, prefetch_blocks=4) as loader:
+            for batch in loader:
+                for name in ("position", "input_ids", "labels"):
+                    digest.update(batch[name].numpy().tobytes())
+        digests.append(digest.hexdigest())
+    assert digests[0] == digests[1]
+    assert not dataset.is_local
+
+
 def test_explain_leads_back_to_the_documents(data: tuple[TokenDataset, np.ndarray]) -> None:
     dataset, stream = data
     loader = TokenLoader(dataset, batch_size=4, shuffle=SMALL)
@@ -104,15 +131,15 @@ def test_damage_comes_out_of_next_and_the_position_stays(tmp_path: Path) -> None
         assert sum(1 for _ in loader) == len(loader) - delivered
 
 
-def test_a_stock_dataloader_runs_the_loader_itself_but_not_in_a_worker(
-    data: tuple[TokenDataset, np.ndarray],
-) -> None:
-    dataset, _ = data
-    loader = TokenLoader(dataset, batch_size=8, shuffle=SMALL)
-    own = [batch["position"] for batch in TokenLoader(dataset, batch_size=8, shuffle=SMALL)]
-    assert all(torch.equal(a["position"], b) for a, b in zip(DataLoader(loader, batch_size=None), own, strict=True))
-    spawn = multiprocessing.get_context("spawn")
-    workers = DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context=spawn)
-    with pytest.raises(UnsupportedError, match="not in the workers of a DataLoader"):
-        next(iter(workers))
-    gc.collect()  # the iterator, which the error's traceback kept, ends its worker now
+def test_a_stock_dataloader_runs_the_loader_itself_but_not_in_a_worker(tmp_path: Path) -> None:
+    write(tmp_path, "uint16")
+    with TokenDataset(tmp_path, seq_len=SEQ_LEN) as dataset:
+        loader = TokenLoader(dataset, batch_size=8, shuffle=SMALL)
+        own = [batch["position"] for batch in TokenLoader(dataset, batch_size=8, shuffle=SMALL)]
+        stock = [batch["position"] for batch in DataLoader(loader, batch_size=None)]
+        assert all(torch.equal(a, b) for a, b in zip(stock, own, strict=True))
+        spawn = multiprocessing.get_context("spawn")
+        workers = DataLoader(loader, batch_size=None, num_workers=1, multiprocessing_context=spawn)
+        with pytest.raises(UnsupportedError, match="not in the workers of a DataLoader"):
+            next(iter(workers))
+        gc.collect()  # the iterator, which the error's traceback kept, ends its worker now
