@@ -194,6 +194,7 @@ class _Run:
     place: _Place
     work: Path
     steps: int
+    width: int
     ranks: int = 1
 
     @property
@@ -213,6 +214,7 @@ class _Run:
             "--global-batch": _GLOBAL_BATCH,
             "--seq-len": _SEQ_LEN,
             "--vocab": _VOCAB,
+            "--width": self.width,
         }
         launcher = [sys.executable]
         if self.ranks > 1:
@@ -324,6 +326,7 @@ def _train_tokenizer(files: Sequence[Path], path: Path) -> None:
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
     steps: int
+    width: int
     corpus_files: int | None
     seed: int
     prices: Prices
@@ -337,6 +340,7 @@ def demo(
         Literal["file", "s3"], typer.Option(help="file: a directory. s3: a SeaweedFS server started for the purpose.")
     ] = "file",
     steps: Annotated[int, typer.Option(min=4 * _SAVE_EVERY, help="Training steps of each run.")] = 90,
+    width: Annotated[int, typer.Option(min=32, help="Width of the model, a multiple of 32.")] = 192,
     seed: Annotated[int | None, typer.Option(help="Which save is killed; by default a random one.")] = None,
     corpus_files: Annotated[
         int | None, typer.Option(min=1, help="Take only that many source files; all of them by default.")
@@ -364,7 +368,7 @@ def demo(
         usd_per_1000_get=usd_per_1000_get, usd_per_1000_put=usd_per_1000_put, usd_per_gb_egress=usd_per_gb_egress
     )
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    settings = _Settings(steps=steps, corpus_files=corpus_files, seed=seed, prices=prices)
+    settings = _Settings(steps=steps, width=width, corpus_files=corpus_files, seed=seed, prices=prices)
     # SIGTERM ends the demo as Ctrl-C does: children and temporary directories go first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
@@ -415,7 +419,7 @@ def _run_demo(work: Path, place: _Place, settings: _Settings) -> dict[str, Any]:
     _say(f"[2/6] packing them into a token data set at {place.under('tokens')}")
     tokens = _pack(files, work, place)
     steps = settings.steps
-    straight = _Run(name="straight", place=place, work=work, steps=steps)
+    straight = _Run(name="straight", place=place, work=work, steps=steps, width=settings.width)
     killed = replace(straight, name="killed")
     _say(f"[3/6] training {steps} steps without interruption")
     straight.finish()

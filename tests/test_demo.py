@@ -87,7 +87,7 @@ def stoker(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_whole_demonstration_ends_with_ok(tmp_path: Path) -> None:
-    done = stoker("demo", "--steps", "60", "--corpus-files", "60", "--json", cwd=tmp_path)
+    done = stoker("demo", "--steps", "60", "--corpus-files", "60", "--width", "64", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] is True

@@ -38,6 +38,7 @@ from .log import (
     CheckpointLog,
     LiveStep,
     Record,
+    Transition,
     commit_record,
     keep_all,
     nonce_of,
@@ -277,9 +278,14 @@ class CheckpointManager:
         if self.rank == 0:
             rewind_to = self._rewind_to
             above = self._term
+            abandoned: dict[int, LiveStep] = {}
             record = self._log.append(
-                lambda head: open_record(head, self._job.run_id, rewind_to=rewind_to, above_term=above)
+                _noting_retired(
+                    abandoned,
+                    lambda head: open_record(head, self._job.run_id, rewind_to=rewind_to, above_term=above),
+                )
             )
+            self._retirement.add(step_directory(step, live.nonce) for step, live in abandoned.items())
         else:
             record = wait_for_own_term(self._log, self._job.run_id, self._term, deadline)
         self._term, self._rewind_to = record.term, None
@@ -332,22 +338,19 @@ class CheckpointManager:
         manifest = collect_fragments(self._store, attempt, own)
         write_manifest(self._store, attempt, manifest)
         retired: dict[int, LiveStep] = {}
-
-        def transition(head: Record | None) -> Record:
-            record = commit_record(
-                head,
-                term=self._term,
-                step=attempt.step,
-                nonce=attempt.nonce,
-                manifest_sha256=manifest.sha256,
-                keep=keep_all if self._keep_last is None else keep_newest(self._keep_last),
+        self._log.append(
+            _noting_retired(
+                retired,
+                lambda head: commit_record(
+                    head,
+                    term=self._term,
+                    step=attempt.step,
+                    nonce=attempt.nonce,
+                    manifest_sha256=manifest.sha256,
+                    keep=keep_all if self._keep_last is None else keep_newest(self._keep_last),
+                ),
             )
-            if head is not None and record is not head:  # not the second look, which finds the record there
-                retired.clear()
-                retired.update({step: live for step, live in head.live.items() if step not in record.live})
-            return record
-
-        self._log.append(transition)
+        )
         self._retirement.add(step_directory(step, live.nonce) for step, live in retired.items())
 
     def _tell_failure(self, attempt: Attempt, error: BaseException) -> None:
@@ -460,6 +463,19 @@ class CheckpointManager:
                 raise
             # The block's own error is what the user must see; this one goes to the log.
             logger.error("while closing %s: %s", self._store.url, failure)
+
+
+def _noting_retired(retired: dict[int, LiveStep], transition: Transition) -> Transition:
+    """`transition`, which leaves in `retired` the steps that its record drops."""
+
+    def noting(head: Record | None) -> Record:
+        record = transition(head)
+        if head is not None and record is not head:  # not the second look, which finds the record there
+            retired.clear()
+            retired.update({step: live for step, live in head.live.items() if step not in record.live})
+        return record
+
+    return noting
 
 
 @dataclass(frozen=True, kw_only=True)

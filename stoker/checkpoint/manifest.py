@@ -104,7 +104,7 @@ class Fragment:
         states: the documents that it wrote.
 
     Raises:
-        ConfigError: a chunk in no blob of the fragment, or one tensor with two dtypes or shapes.
+        ConfigError: a chunk in no blob of the fragment, a blob twice, or one tensor with two dtypes or shapes.
     """
 
     rank: int
@@ -136,6 +136,8 @@ class Fragment:
             if (first.dtype, first.global_shape) != (chunk.dtype, chunk.global_shape):
                 raise ConfigError("a tensor has one dtype and one shape", value=chunk.name, place=place)
         blob_index = {blob.path: i for i, blob in enumerate(self.blobs)}
+        if len(blob_index) != len(self.blobs):
+            raise ConfigError("each blob has a path of its own", value=len(self.blobs), place=place)
         unknown = next((one for one in written if one.blob not in blob_index), None)
         if unknown is not None:
             raise ConfigError(
@@ -523,13 +525,7 @@ def _unite_blobs(fragments: Sequence[Fragment], place: str) -> tuple[BlobInfo, .
         for blob in fragment.blobs:
             if writer_of(blob.path) != fragment.rank:
                 _fail(f"a rank writes under its own name; {blob.path} is another's", place, [fragment.rank], fragments)
-    blobs = tuple(blob for fragment in fragments for blob in fragment.blobs)
-    paths = set()
-    for blob in blobs:
-        if blob.path in paths:
-            _fail(f"a file must be written once; {blob.path} is named twice", place, [writer_of(blob.path)], fragments)
-        paths.add(blob.path)
-    return blobs
+    return tuple(blob for fragment in fragments for blob in fragment.blobs)
 
 
 def _unite_states(fragments: Sequence[Fragment], place: str) -> list[StateInfo]:

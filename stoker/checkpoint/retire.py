@@ -67,6 +67,8 @@ class Retirement:
             directory = info.key.split("/", 1)[0]
             newest[directory] = max(newest.get(directory, 0.0), info.modified_s)
         head = self._log.head()
+        if head is not None:
+            self._log.truncate(head)
         live = set() if head is None else {step_directory(step, entry.nonce) for step, entry in head.live.items()}
         left: dict[str, str] = {}
         for directory, modified_s in newest.items():
@@ -76,10 +78,12 @@ class Retirement:
             if time() - modified_s >= self._grace_s:
                 left[directory] = parsed[1]
         if left:
-            self._log.append(lambda head: collect_record(head, nonces=sorted(left.values())))
-            logger.info("deleting what %d attempts of earlier runs left under %s", len(left), self._store.url)
+            record = self._log.append(lambda head: collect_record(head, nonces=sorted(left.values())))
+            # What the record announces, not what was listed: an attempt may have become live in between.
+            dead = sorted(directory for directory, nonce in left.items() if nonce in record.dead)
+            logger.info("deleting what %d attempts of earlier runs left under %s", len(dead), self._store.url)
             with self._lock:
-                self._doomed = [(0.0, directory) for directory in sorted(left)] + self._doomed
+                self._doomed = [(0.0, directory) for directory in dead] + self._doomed
 
     def _delete_due(self) -> None:
         while True:

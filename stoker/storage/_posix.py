@@ -184,11 +184,16 @@ class UnnamedFile:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
                 raise
-        path = self._temporary_name()
-        fd = self._in_directory(lambda: os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
-        self._temporary = path
-        _lock_if_possible(fd)
-        return fd
+        while True:
+            path = self._temporary_name()
+            fd = self._in_directory(
+                lambda path=path: os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)  # type: ignore[misc]
+            )
+            # Between its name and its lock it may be taken for left over, and then it is gone.
+            if _lock_if_possible(fd) and _is_named(fd, path):
+                self._temporary = path
+                return fd
+            os.close(fd)
 
     def _in_directory(self, act: Callable[[], T]) -> T:
         """`act`, with the directory in place: whoever deletes the last object in it removes it, at any moment."""
@@ -281,9 +286,16 @@ class UnnamedFile:
         self._direct_fd, self.fd, self._direct = None, -1, False
 
 
-def _lock_if_possible(fd: int) -> None:
+def _lock_if_possible(fd: int) -> bool:
     with suppress(OSError):  # without locks nobody takes a temporary file for left over, and it stays
-        try_lock(fd, 0)
+        return try_lock(fd, 0)
+    return True
+
+
+def _is_named(fd: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd))
+    return False
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..errors import ConfigError, CorruptBlock, StokerError, UnsupportedError
+from ..errors import AccessDenied, ConfigError, CorruptBlock, StokerError, UnknownVersion, UnsupportedError
 from ..metrics import counters
 from ._checksums import crc32c
 from ._posix import shared_memory_directory
@@ -85,7 +85,9 @@ class CacheStats(NamedTuple):
     corrupt: int
     """Copies, of tiers or from origins, that differed from their checksum and were thrown away."""
     ram_hit_bytes: int
+    """Bytes of the hits in the RAM tier."""
     disk_hit_bytes: int
+    """Bytes of the hits in the disk tier."""
     fetched_bytes: int
     """Bytes of the misses."""
     ram_bytes: int
@@ -93,7 +95,9 @@ class CacheStats(NamedTuple):
     ram_capacity_bytes: int
     """The limit in force; 0 without such a tier."""
     disk_bytes: int
+    """Bytes in the disk tier, counted like `ram_bytes`."""
     disk_capacity_bytes: int
+    """The limit in force; 0 without such a tier."""
     prefetch_bytes: int
     """Bytes of this process's prefetches that are under way, or held until their get for want of room in the tiers."""
 
@@ -139,6 +143,9 @@ class TieredCache:
     directory bind it until the last has closed it; others that ask for different ones are told by a warning. The cache
     may cost time but never correctness: where a tier is full, read-only, missing or damaged, blocks pass through, with
     one warning and the counter ``cache.degraded``.
+
+    :meth:`stats` speaks for this object; :data:`stoker.metrics.counters` sums up the process under ``cache.*``: hits,
+    hit_bytes, admitted, reclaimed, corrupt and degraded of each tier, misses and pass_through.
 
     Pickling (to a worker started by spawn) takes the configuration along, and no state.
 
@@ -473,6 +480,10 @@ def _block_file(store: ObjectStore, block: Block) -> BlockFile:
 # --- where the tiers are ----------------------------------------------------------------------------------------------
 
 
+_MISTAKES = (AccessDenied, ConfigError, UnknownVersion)
+"""What is wrong about a directory that the user named; what fails otherwise only costs the tier."""
+
+
 def _ram_tier(path: str | Path | None, asked_bytes: int | None) -> Tier | None:
     """The RAM tier, or None with a warning: a job must run where shared memory is missing or someone else's."""
 
@@ -485,11 +496,9 @@ def _ram_tier(path: str | Path | None, asked_bytes: int | None) -> Tier | None:
         directory = shared_memory_directory() / "cache" if path is None else Path(path)
         return Tier(directory, kind="ram", capacity=capacity, asked_bytes=asked_bytes, durable=False)
     except (OSError, StokerError) as error:
-        if path is not None and isinstance(error, StokerError):
+        if path is not None and isinstance(error, _MISTAKES):
             raise
-        counters.add("cache.degraded")
-        counters.add("cache.ram.degraded")
-        warn_once(f"no RAM tier ({error}): blocks go to the next tier or pass through")
+        _without_tier("ram", error)
         return None
 
 
@@ -499,13 +508,17 @@ def _disk_tier(path: Path, asked_bytes: int | None) -> Tier | None:
 
     try:
         return Tier(path, kind="disk", capacity=capacity, asked_bytes=asked_bytes, durable=True)
-    except StokerError:
+    except _MISTAKES:
         raise
     except OSError as error:
-        counters.add("cache.degraded")
-        counters.add("cache.disk.degraded")
-        warn_once(f"no disk tier in {path} ({os.strerror(error.errno) if error.errno else error}): going on without it")
+        _without_tier("disk", error)
         return None
+
+
+def _without_tier(kind: str, error: Exception) -> None:
+    counters.add("cache.degraded")
+    counters.add(f"cache.{kind}.degraded")
+    warn_once(f"no {kind} tier ({error}): blocks go to the next tier or pass through")
 
 
 def _free_cgroup_bytes() -> int:

@@ -63,7 +63,8 @@ class FsspecStore(ObjectStore):
 
         self._pid = os.getpid()
         try:
-            self._fs, root = fsspec.core.url_to_fs(self._full_url, **self._options)
+            with self._translated("", passing=(ImportError, TypeError, ValueError)):
+                self._fs, root = fsspec.core.url_to_fs(self._full_url, **self._options)
         except ImportError as error:
             package = error.name or str(error)
             raise MissingExtra(
@@ -82,11 +83,13 @@ class FsspecStore(ObjectStore):
         return f"{self._root}/{key}"
 
     @contextmanager
-    def _translated(self, key: str) -> Iterator[None]:
-        place = self.place(key)
+    def _translated(self, key: str, *, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        place = self.place(key) if key else self.url
         try:
             yield
         except StokerError:
+            raise
+        except passing:
             raise
         except FileNotFoundError:
             raise KeyNotFound("no such object", place=place) from None

@@ -7,50 +7,35 @@ A byte range is asked for with the version that the caller knows (``If-Match``),
 what was asked for: version, place and length. Checksums are the caller's: no client checks the content of a range.
 """
 
-import json
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache
-from heapq import heappop, heappush
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from ..errors import (
-    AccessDenied,
     AlreadyExists,
-    BucketNotFound,
     ConfigError,
     KeyNotFound,
-    MissingExtra,
     ObjectChanged,
     StokerError,
     StoreError,
-    StoreFull,
     StoreUnavailable,
-    UnsafeName,
     UnsupportedError,
 )
 from ..metrics import counters
 from ._coverage import Coverage
+from ._listing import in_lexical_order, lowest_offset
+from ._remote_errors import RangeNotSatisfiable, typed_error
+from ._remote_options import make_client, obstore, parse
 from ._units import Buffer
-from .store import ObjectInfo, ObjectStore, ObjectWriter, check_range, is_key, redact_url, safe_key
+from .store import ObjectInfo, ObjectStore, ObjectWriter, check_range, is_key, safe_key
 
 __all__ = ["RemoteStore"]
 
 T = TypeVar("T")
 
-_CLIENT_OPTIONS: dict[str, Any] = {"connect_timeout": "5s", "timeout": "30s"}
-_RETRIES: dict[str, Any] = {
-    "max_retries": 6,
-    "retry_timeout": timedelta(seconds=60),
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
-}
 _PART_BYTES = 8 * 2**20
 """Smallest part of a multipart upload. A guess between S3's minimum of 5 MiB and the memory that parts in flight hold."""
 
@@ -86,12 +71,12 @@ class RemoteStore(ObjectStore):
 
     def __init__(self, url: str, **storage_options: Any) -> None:
         self._given = (url, storage_options)
-        self._scheme, self._bucket, self._prefix, config = _parse(url, storage_options)
+        self._scheme, self._bucket, self._prefix, config = parse(url, storage_options)
         place = f"{self._scheme}://{self._bucket}/{self._prefix}".rstrip("/")
         super().__init__(place)
         self._pid = os.getpid()
         self._read_only = self._scheme in ("http", "https")
-        self._client = _make_client(self._scheme, place, self._bucket, self._prefix, config)
+        self._client = make_client(self._scheme, place, self._bucket, self._prefix, config)
         self._bucket_seen = False
         self._create_lock = threading.Lock()
         self._creates_exclusively: bool | None = None
@@ -114,12 +99,12 @@ class RemoteStore(ObjectStore):
             options["if_match"] = version
 
         def fetch() -> tuple[ObjectInfo, tuple[int, int], memoryview]:
-            result = _obstore().get(self._client, key, options=options)
+            result = obstore().get(self._client, key, options=options)
             return _info(key, result.meta), result.range, memoryview(result.bytes())
 
         try:
             info, place, data = self._request("get", key, fetch)
-        except _RangeNotSatisfiable:
+        except RangeNotSatisfiable:
             if end is None:  # from the very end on there is nothing, which is no error
                 return self._empty_range(key, start, version)
             raise self._too_short(key, start, end) from None
@@ -177,7 +162,7 @@ class RemoteStore(ObjectStore):
         )
 
     def _send(self, key: str, data: memoryview, mode: str | None) -> Mapping[str, Any]:
-        reply: Mapping[str, Any] = _obstore().put(
+        reply: Mapping[str, Any] = obstore().put(
             self._client,
             key,
             data,
@@ -218,7 +203,7 @@ class RemoteStore(ObjectStore):
 
     def head(self, key: str) -> ObjectInfo:
         safe_key(key)
-        return self._request("head", key, lambda: _info(key, _obstore().head(self._client, key)))
+        return self._request("head", key, lambda: _info(key, obstore().head(self._client, key)))
 
     def list(self, prefix: str = "", *, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         if self._read_only:
@@ -230,8 +215,8 @@ class RemoteStore(ObjectStore):
 
     def _list(self, folder: str, prefix: str, start_after: str, limit: int | None) -> Iterator[ObjectInfo]:
         left = limit
-        lowest = max(_below(folder, prefix), _below(folder, start_after))
-        for info in _in_lexical_order(self._pages(folder, lowest), len(folder) + 1 if folder else 0):
+        lowest = max(lowest_offset(folder, prefix), lowest_offset(folder, start_after))
+        for info in in_lexical_order(self._pages(folder, lowest), len(folder) + 1 if folder else 0):
             if left == 0 or (info.key > prefix and not info.key.startswith(prefix)):
                 return
             if info.key.startswith(prefix) and info.key > start_after and is_key(info.key):
@@ -242,7 +227,7 @@ class RemoteStore(ObjectStore):
 
     def _pages(self, folder: str, lowest: str) -> Iterator[ObjectInfo]:
         def begin() -> Iterator[Any]:
-            stream = _obstore().list(self._client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS)
+            stream = obstore().list(self._client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS)
             return iter(stream)
 
         pages = self._guarded(folder, begin)
@@ -256,7 +241,7 @@ class RemoteStore(ObjectStore):
 
     def _remove(self, key: str) -> None:
         with suppress(KeyNotFound):
-            self._request("delete", key, lambda: _obstore().delete(self._client, key))
+            self._request("delete", key, lambda: obstore().delete(self._client, key))
 
     def _writable(self, key: str) -> None:
         if self._read_only:
@@ -288,7 +273,7 @@ class RemoteStore(ObjectStore):
         except StokerError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever the client raises; its text may hold bodies and dumps
-            raise _typed_error(error, self.place(key), self.url) from None
+            raise typed_error(error, self.place(key), self.url) from None
 
     def _refuse_after_fork(self) -> None:
         pid = os.getpid()
@@ -304,7 +289,7 @@ class RemoteStore(ObjectStore):
         if self._read_only:
             return
         counters.add("store.list.requests")
-        self._guarded("", lambda: next(iter(_obstore().list(self._client, chunk_size=1)), None))
+        self._guarded("", lambda: next(iter(obstore().list(self._client, chunk_size=1)), None))
         self._bucket_seen = True
 
 
@@ -326,9 +311,7 @@ class RemoteWriter(ObjectWriter):
         self._requests = 1 if size_bytes < part_bytes else 2 + -(-size_bytes // part_bytes)
         self._file: Any = store._guarded(
             key,
-            lambda: _obstore().open_writer(
-                store._client, key, buffer_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT
-            ),
+            lambda: obstore().open_writer(store._client, key, buffer_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT),
         )
 
     def write_at(self, offset: int, data: Buffer) -> None:
@@ -421,296 +404,3 @@ def _info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
     # Plain HTTP servers may send no tag. Then time and length are the best there is.
     version = meta["e_tag"] or f"{modified_s:.6f}-{meta['size']}"
     return ObjectInfo(key=key, size=meta["size"], version=version, modified_s=modified_s)
-
-
-# --- order of listings ------------------------------------------------------------------------------------------------
-#
-# S3 lists keys in lexical order: "a-b" < "a/b". Stores that keep folders as such (SeaweedFS, S3 directory buckets behind
-# some gateways) list a folder where its name stands: "a/b" < "a-b", and take an offset to mean "names after this one".
-# Both agree on everything but names that differ first in a character below "/". So we sort what may be out of order,
-# and never give an offset that could mean less than it says.
-
-_BELOW_SLASH = re.compile(r"[ -.]")
-_KEY_CHARACTERS = " +-.0123456789=@ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
-
-
-def _below(folder: str, text: str) -> str:
-    """A listing offset that comes before every key >= `text` of `folder`, in either order; "" if there is none.
-
-    >>> _below("log", "log/0007.json"), _below("", "b"), _below("log", "log/"), _below("", "step-01")
-    ('log/0006~', 'a~', '', 'steo~')
-    """
-    root = f"{folder}/" if folder else ""
-    rest = text.removeprefix(root)
-    if not text.startswith(root) or not is_key(rest):
-        return ""
-    stem = _BELOW_SLASH.split(rest, maxsplit=1)[0]
-    before = _KEY_CHARACTERS[_KEY_CHARACTERS.index(stem[-1]) - 1]
-    return f"{root}{stem[:-1]}{before}~"
-
-
-def _in_lexical_order(infos: Iterator[ObjectInfo], root: int) -> Iterator[ObjectInfo]:
-    """Sort a listing in either order, holding back no more than one sub-folder of the root (`root` characters deep)."""
-    held: list[tuple[str, ObjectInfo]] = []
-    for info in infos:
-        heappush(held, (info.key, info))
-        name, slash, _ = info.key[root:].partition("/")
-        # After a file of the root nothing smaller comes. After a file of a folder its sibling "folder-x" may come.
-        reached = f"{info.key[:root]}{name}\x01" if slash else info.key
-        while held and held[0][0] <= reached:
-            yield heappop(held)[1]
-    while held:
-        yield heappop(held)[1]
-
-
-# --- options and clients ----------------------------------------------------------------------------------------------
-
-_HTTP = ("http", "https")
-_AZURE = ("az", "abfs", "abfss")
-
-
-@dataclass(kw_only=True, slots=True)
-class _Config:
-    """What a client is made of. Never printed: it holds secrets."""
-
-    native: dict[str, Any]
-    endpoint_url: str | None = None
-    headers: dict[str, str] | None = None
-
-
-def _parse(url: str, options: Mapping[str, Any]) -> tuple[str, str, str, _Config]:
-    """Scheme, bucket (host for HTTP), prefix and configuration; every mistake in them is found here."""
-    place = redact_url(url)
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        raise ConfigError("the URL must be well formed", value=place, place="open_store") from None
-    scheme = parts.scheme.lower()
-    if parts.query or parts.fragment:
-        raise ConfigError("the URL of a store has no query and no fragment", value=place, place="open_store")
-    user, _, host = parts.netloc.rpartition("@")
-    if user and (":" in user or scheme not in _AZURE):
-        raise ConfigError(
-            "credentials do not belong in a URL", value=place, place="open_store", hint="pass key= and secret="
-        )
-    bucket = user or host
-    if not bucket:
-        raise ConfigError("the URL must name a bucket", value=place, place="open_store", hint=f"{scheme}://bucket/path")
-    prefix = parts.path.strip("/")
-    if any(part in ("", ".", "..") for part in prefix.split("/")) and prefix:
-        raise UnsafeName("the path of a URL must have no empty, '.' or '..' part", value=prefix, place=place)
-    given = {name: value for name, value in options.items() if value is not None}
-    if scheme in ("s3", "s3a"):
-        config = _s3(given, place)
-    elif scheme in ("gs", "gcs"):
-        config = _gcs(given, place)
-    elif scheme in _AZURE:
-        config = _azure(given, place, account=host.partition(".")[0] if user else None)
-    else:
-        config = _Config(native={}, endpoint_url=f"{scheme}://{parts.netloc}", headers=given.pop("headers", None))
-        _refuse_unknown(given, ("headers",), place)
-    if config.endpoint_url is not None and not config.endpoint_url.startswith(("http://", "https://")):
-        raise ConfigError("endpoint_url must begin with http:// or https://", value=config.endpoint_url, place=place)
-    return scheme, bucket, prefix, config
-
-
-def _s3(given: dict[str, Any], place: str) -> _Config:
-    names = {
-        "key": "access_key_id",
-        "secret": "secret_access_key",
-        "token": "session_token",
-        "region": "region",
-        "requester_pays": "request_payer",
-        "anon": "skip_signature",
-    }
-    client_kwargs = given.pop("client_kwargs", {})
-    if not isinstance(client_kwargs, Mapping):
-        raise ConfigError("client_kwargs must be a dict", value=type(client_kwargs).__name__, place=place)
-    _refuse_unknown(client_kwargs, ("endpoint_url", "region_name"), place, "client_kwargs option")
-    endpoint_url = given.pop("endpoint_url", client_kwargs.get("endpoint_url"))
-    if endpoint_url is None:
-        variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-        endpoint_url = next((os.environ[name] for name in variables if os.environ.get(name)), None)
-    if "region_name" in client_kwargs:
-        given.setdefault("region", client_kwargs["region_name"])
-    native = _rename(given, names, place, extra=("endpoint_url", "client_kwargs"))
-    if ("access_key_id" in native) != ("secret_access_key" in native):
-        raise ConfigError("key and secret must be given together", place=place)
-    return _Config(native=native, endpoint_url=endpoint_url)
-
-
-def _gcs(given: dict[str, Any], place: str) -> _Config:
-    token, native = given.pop("token", None), {}
-    endpoint_url = given.pop("endpoint_url", None)
-    if token == "anon":
-        given.setdefault("anon", True)
-    elif isinstance(token, Mapping):
-        native["service_account_key"] = json.dumps(dict(token))
-    elif token is not None:
-        native["application_credentials"] = os.fspath(token)
-    native |= _rename(given, {"anon": "skip_signature"}, place, extra=("token", "endpoint_url"))
-    return _Config(native=native, endpoint_url=endpoint_url)
-
-
-def _azure(given: dict[str, Any], place: str, *, account: str | None) -> _Config:
-    names = {name: name for name in ("account_name", "account_key", "tenant_id", "client_id", "client_secret")}
-    names |= {"sas_token": "sas_key", "anon": "skip_signature"}
-    endpoint_url = given.pop("endpoint_url", None)
-    if account is not None:
-        given.setdefault("account_name", account)
-    native = _rename(given, names, place, extra=("endpoint_url",))
-    return _Config(native=native, endpoint_url=endpoint_url)
-
-
-def _rename(
-    given: Mapping[str, Any], names: Mapping[str, str], place: str, *, extra: tuple[str, ...]
-) -> dict[str, Any]:
-    _refuse_unknown(given, (*names, *extra), place)
-    renamed: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in ("anon", "requester_pays"):
-            if (flag := _flag(name, value, place)) is True:
-                renamed[names[name]] = flag
-        elif not isinstance(value, str):
-            raise ConfigError(f"{name} must be text", value=type(value).__name__, place=place)
-        else:
-            renamed[names[name]] = value
-    return renamed
-
-
-def _flag(name: str, value: object, place: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
-        return value.lower() in ("true", "1")
-    raise ConfigError(f"{name} must be true or false", value=type(value).__name__, place=place)
-
-
-def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], place: str, what: str = "option") -> None:
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"no such {what}", value=name, place=place, hint=f"there are {', '.join(sorted(known))}")
-
-
-def _make_client(scheme: str, place: str, bucket: str, prefix: str, config: _Config) -> Any:
-    # Also where the process was forked: constructing a client starts nothing.
-    _obstore()
-    from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
-
-    client_options = dict(_CLIENT_OPTIONS)
-    endpoint_url = (config.endpoint_url or "").rstrip("/")
-    if endpoint_url.startswith("http://"):
-        client_options["allow_http"] = True
-    if config.headers:
-        client_options["default_headers"] = dict(config.headers)
-    native: Any = dict(config.native)
-    common: dict[str, Any] = {"client_options": client_options, "retry_config": _RETRIES}
-    try:
-        if scheme in _HTTP:
-            return HTTPStore(f"{endpoint_url}/{prefix}", **common)
-        if endpoint_url:
-            native["base_url" if scheme in ("gs", "gcs") else "endpoint"] = endpoint_url
-        store_class = S3Store if scheme in ("s3", "s3a") else GCSStore if scheme in ("gs", "gcs") else AzureStore
-        return store_class(bucket, prefix=prefix or None, config=native, **common)
-    except Exception as error:  # noqa: BLE001 - raised again, typed
-        # Its text may quote the value that it does not like, which may be a secret: keep the first words only.
-        reason = _first_line(error).partition(":")[2].strip() or "the client refused its configuration"
-        raise ConfigError(_without(reason, native.values()), place=place) from None
-
-
-def _without(text: str, secrets: Any) -> str:
-    for secret in secrets:
-        if isinstance(secret, str) and secret:
-            text = text.replace(secret, "***")
-    return text
-
-
-@lru_cache(maxsize=1)
-def _obstore() -> Any:
-    try:
-        import obstore
-    except ImportError as error:
-        raise MissingExtra(
-            "this URL needs the package obstore", place="open_store", hint="pip install obstore"
-        ) from error
-    return obstore
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-class _RangeNotSatisfiable(StoreError):
-    """416: the range begins at or behind the object's end."""
-
-
-_STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w+)</Code>")
-_METADATA_SERVICE = ("//169.254.169.254/", "//metadata.google.internal/", "//metadata/", "//169.254.170.2/")
-_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"}
-_FULL = {"QuotaExceeded", "QuotaExceededException", "XMinioStorageFull", "InsufficientStorage"}
-_ACCESS_HINTS = {
-    "SignatureDoesNotMatch": "the secret is wrong",
-    "InvalidAccessKeyId": "the store does not know this key",
-    "ExpiredToken": "the session token has expired: get a new one",
-    "RequestTimeTooSkewed": "this machine's clock is wrong",
-}
-_NETWORK_REASONS = (
-    ("dns error", "the endpoint's name does not resolve"),
-    ("Connection refused", "nobody listens there"),
-    ("InvalidContentType", "the endpoint does not speak TLS"),
-    ("certificate", "the endpoint's certificate is not trusted"),
-    ("TimedOut", "timed out"),
-    ("operation timed out", "timed out"),
-    ("BadScheme", "https only"),
-)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
-
-
-def _typed_error(error: Exception, place: str, root: str) -> Exception:
-    """The one clear sentence for an exception of obstore. Nothing of its text is quoted but codes."""
-    from obstore import exceptions
-
-    text = str(error)
-    head = text.partition("Debug source:")[0]
-    status = int(match[1]) if (match := _STATUS.search(head)) else 0
-    code = match[1] if (match := _CODE.search(head)) else ""
-    answer = f"{code} ({status})" if code else f"status {status}"
-    if any(service in head for service in _METADATA_SERVICE):
-        return AccessDenied(
-            "credentials must be given", place=root, hint="pass key= and secret=, set AWS_*, or pass anon=True"
-        )
-    if code in _NO_BUCKET:
-        return BucketNotFound("no such bucket", place=root)
-    if isinstance(error, exceptions.AlreadyExistsError):
-        return AlreadyExists("must not exist yet", place=place)
-    if isinstance(error, exceptions.PreconditionError):
-        return ObjectChanged("must still be the version that was asked for", place=place)
-    if isinstance(error, FileNotFoundError):
-        return KeyNotFound("no such object", place=place)
-    if isinstance(error, exceptions.NotSupportedError):
-        return UnsupportedError("the server must answer requests for byte ranges", place=place)
-    if isinstance(error, exceptions.InvalidPathError):
-        return UnsafeName("the store must accept the name", place=place)
-    if status == 416:
-        return _RangeNotSatisfiable("range behind the end", place=place)
-    if status in (401, 403) or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
-        return AccessDenied("the store must accept the credentials", value=answer, place=place, hint=_access_hint(code))
-    if status == 507 or code in _FULL:
-        return StoreFull("needs more space than the store has left", value=answer, place=place)
-    if status in (301, 307, 308) or code == "AuthorizationHeaderMalformed":
-        return ConfigError("the bucket must be in the region that is asked", value=answer, place=root, hint="region=")
-    if status == 404:
-        return KeyNotFound("no such object", place=place)
-    if status == 429 or status >= 500:
-        return StoreUnavailable("the store must answer", value=f"{answer} after all retries", place=place)
-    if status:
-        return StoreError("the store must do what it is asked", value=answer, place=place)
-    reason = next((reason for mark, reason in _NETWORK_REASONS if mark in text), "no usable answer")
-    return StoreUnavailable("the store must answer", value=reason, place=place)
-
-
-def _access_hint(code: str) -> str:
-    return _ACCESS_HINTS.get(code, "check the key, its permissions and the region")

@@ -44,6 +44,7 @@ _TAG_KIND, _TAG_VERSION = b"stoker block cache v", b"1"
 _LOCK_FILE = struct.Struct("<8sQQ")  # magic, capacity, bytes in use
 _LOCK_MAGIC = b"STKTIER1"
 _START, _PRESENCE, _USAGE = 1024, 1025, 1026  # offsets in the lock file that are locked; nothing is stored there
+_START_TIMEOUT_S = 60.0  # the first opener may have to count a million files
 _LOCK_TIMEOUT_S = 5.0  # I6: nobody waits longer for a process that stopped; the cache does without instead
 
 _HEADER = struct.Struct(
@@ -136,7 +137,7 @@ class Tier:
             "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory_fd
         )
         try:
-            lock(self._lock_fd, _START, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
+            lock(self._lock_fd, _START, timeout_s=_START_TIMEOUT_S, place=str(self.path))
             try:
                 first = try_lock(self._lock_fd, _PRESENCE)
                 if first or self._read_state() is None:
@@ -269,6 +270,8 @@ class Tier:
         """
         mapped = self._maps.get(block.name)
         if mapped is None:
+            if self._closed:
+                return None
             try:
                 mapped = self._open(block)
             except (FileNotFoundError, NotADirectoryError):
@@ -289,7 +292,7 @@ class Tier:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
                 return None
-            identity = hash((block.name, info.st_ino, info.st_mtime_ns))
+            identity = _identity(block, info)
             if info.st_size == block.size_bytes:
                 mapped = _map_readonly(fd, info.st_size)
                 if identity in self._verified or self._is_healthy(fd, mapped, block):
@@ -345,7 +348,9 @@ class Tier:
             pwrite_all(fd, payload, block.header_bytes)
             if self._durable:
                 os.fdatasync(fd)
-            self._publish(block, temporary)
+            if self._publish(block, temporary):
+                # Checked by whoever fetched it, and copied by the kernel: no need to check our own copy at once.
+                self._verified.add(_identity(block, os.fstat(fd)))
         except (DeadlineExceeded, OSError) as error:
             self._degrade(error, "write")
             self._discard(block, temporary)
@@ -376,21 +381,23 @@ class Tier:
             try_lock(fd, 0)  # nobody else can hold it: whoever looks for leftovers waits for the counter
         return fd, temporary
 
-    def _publish(self, block: BlockFile, temporary: str) -> None:
+    def _publish(self, block: BlockFile, temporary: str) -> bool:
+        """Give a block its name; False if another process did so first."""
         path = _path(block.name)
         fds = {"src_dir_fd": self._directory_fd, "dst_dir_fd": self._directory_fd}
         with self._usage() as state:
             with suppress(FileNotFoundError):
                 os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False)
-                # Another process was faster. Its copy is as good, and counted; ours goes.
+                # Its copy is as good, and counted; ours goes.
                 os.unlink(temporary, dir_fd=self._directory_fd)
                 state.add(-block.size_bytes)
-                return
+                return False
             try:
                 os.rename(temporary, path, **fds)
             except FileNotFoundError:
                 os.mkdir(os.path.dirname(path), 0o700, dir_fd=self._directory_fd)
                 os.rename(temporary, path, **fds)
+        return True
 
     def _discard(self, block: BlockFile, temporary: str) -> None:
         with suppress(OSError, DeadlineExceeded), self._usage() as state:
@@ -399,7 +406,9 @@ class Tier:
 
     def _degrade(self, error: Exception, act: str) -> None:
         # One that is full may have room again. One that fails is asked for no more writes: each might cost seconds.
-        if act == "write" and not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+        if act == "write" and not (
+            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        ):
             self._broken = True
         counters.add("cache.degraded")
         counters.add(f"cache.{self.kind}.degraded")
@@ -454,6 +463,10 @@ class _Usage:
         """Count bytes in, or out if negative, for all processes at once."""
         self.used += size_bytes
         self._tier._write_state(self.capacity, self.used)
+
+
+def _identity(block: BlockFile, info: os.stat_result) -> int:
+    return hash((block.name, info.st_ino, info.st_mtime_ns))
 
 
 def _path(name: str) -> str:

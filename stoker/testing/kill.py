@@ -36,6 +36,7 @@ the order of a program's steps and its recovery, not its power-loss safety.
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -585,6 +586,8 @@ def _prepare(modules: Sequence[str]) -> dict[str, Any]:
         return {"error": "the modules of a trial must be importable", "value": str(error)}
     if threads := [t.name for t in threading.enumerate() if t is not threading.main_thread()]:
         return {"error": "a preloaded module must start no thread: fork would not copy it", "value": threads}
+    gc.collect()
+    gc.freeze()  # or the first collection of every life would copy each page that holds an object
     return {}
 
 

@@ -215,6 +215,17 @@ def test_a_step_older_than_the_newest_can_be_restored_and_the_next_save_rewinds(
         assert tree == {"x": 22}
 
 
+def test_what_a_rewind_abandons_is_deleted_after_its_grace(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, grace_s=0) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, {"t": torch.ones(4)}).wait()
+        ckpt.restore({"t": torch.zeros(4)}, step=1)
+        ckpt.save(4, {"t": torch.ones(4)}).wait()
+        assert ckpt.steps() == [1, 4]
+    left = {path.name.split("-")[1] for path in tmp_path.glob("step-*") if any(path.rglob("*.safetensors"))}
+    assert left == {f"{1:012d}", f"{4:012d}"}
+
+
 def test_names_restore_a_part(tmp_path: Path) -> None:
     tree = trained(0)
     save(tmp_path, tree)

@@ -324,9 +324,11 @@ def test_a_document_that_two_ranks_write_is_refused() -> None:
     assert "state/trainer.json must be written by one rank" in text and "rank 0 (node0), 1 (node1)" in text
 
 
-def test_a_fragment_can_not_be_made_of_chunks_in_no_blob() -> None:
+def test_a_fragment_that_contradicts_itself_can_not_be_made() -> None:
     with pytest.raises(ConfigError, match="must be in one of the blobs"):
         fragment(0, 1, [], [rows(0, 2, 2)], blobs=[])
+    with pytest.raises(ConfigError, match="a path of its own"):
+        fragment(0, 1, [], [], blobs=[BlobInfo(path=blob_path(0, 0), size_bytes=0, crcs=np.zeros(0, np.uint32))] * 2)
     with pytest.raises(ConfigError, match="one dtype and one shape"):
         fragment(0, 1, [rows(0, 2, 2), rows(0, 2, 3)], [])
 
@@ -462,6 +464,11 @@ def drop_the_scalars_chunk(columns: dict[str, Any]) -> None:
     columns["chunks"] = pa.array([columns["chunks"].to_pylist()[0][1:]], columns["chunks"].type)
 
 
+def put_the_scalars_chunk_last(columns: dict[str, Any]) -> None:
+    first, *rest = columns["chunks"].to_pylist()[0]
+    columns["chunks"] = pa.array([[*rest, first]], columns["chunks"].type)
+
+
 def make_the_scalar_a_tensor_of_size_minus_one(columns: dict[str, Any]) -> None:
     drop_the_scalars_chunk(columns)
     edit("tensors", 0, shape=[-1])(columns)
@@ -478,6 +485,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "a second row": add_an_empty_row,
     "text outside the file": point_outside_the_file,
     "a null table": lambda columns: columns.update(chunks=pa.array([None], columns["chunks"].type)),
+    "a null path": edit("states", 0, path=None),
     "a null name": edit("tensors", 0, name=None),
     "a null size": edit("chunks", 0, shape=[None]),
     "an unknown dtype": edit("tensors", 0, dtype="float7"),
@@ -489,7 +497,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
     "names out of order": edit("tensors", 0, name="z"),
     "a chunk of no tensor": edit("chunks", 0, tensor=2),
     "a chunk of tensor -1": edit("chunks", 0, tensor=-1, shape=[2, 4], offsets=[0, 0], byte_length=32),
-    "chunks out of order": edit("chunks", 2, tensor=0, shape=[], offsets=[], byte_length=4),
+    "chunks out of order": put_the_scalars_chunk_last,
     "another number of dimensions": edit("chunks", 1, shape=[8]),
     "a chunk outside its tensor": edit("chunks", 2, offsets=[3, 0]),
     "an offset below zero": edit("chunks", 1, offsets=[-1, 0]),
@@ -514,12 +522,24 @@ def test_a_well_formed_file_of_nonsense_is_refused(name: str) -> None:
         Manifest.from_bytes(forged(HOSTILE[name]), place="m.arrow")
 
 
-def test_a_fragment_that_names_a_tensor_twice_is_refused() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        edit("tensors", 0, name="w"),
+        edit("tensors", 0, name=None),
+        edit("held", 0, offsets=[-1, 0]),
+        edit("held", 0, offsets=[1, 0]),
+        edit("held", 0, shape=[3, 4]),
+        edit("written", 0, blob=1),
+        edit("written", 0, blob=-1),
+    ],
+)
+def test_a_fragment_of_nonsense_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
     parts = [rows(0, 2, 2, "v"), rows(0, 2, 2, "w")]
     data = fragment(0, 1, parts, parts).to_bytes()
     Fragment.from_bytes(forged(lambda columns: None, data), place="f")
-    with pytest.raises(FormatError, match="a name of its own"):
-        Fragment.from_bytes(forged(edit("tensors", 0, name="w"), data), place="f")
+    with pytest.raises(FormatError):
+        Fragment.from_bytes(forged(change, data), place="f")
 
 
 def test_the_forger_changes_nothing_by_itself() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from stoker.errors import AccessDenied, ConfigError, CorruptBlock, KeyNotFound, UnknownVersion, UnsupportedError
 from stoker.metrics import counters
-from stoker.storage import Block, TieredCache, cache, tiers
+from stoker.storage import Block, TieredCache, _locks, cache, tiers
 from stoker.storage._checksums import crc32c
 from stoker.storage.local import LocalStore
 
@@ -49,6 +49,12 @@ def make_blocks(store: LocalStore, count: int, key: str = "object", size: int = 
 
 def content(store: LocalStore, block: Block) -> bytes:
     return (store.root / block.key).read_bytes()[block.start : block.end]
+
+
+def overwrite(path: Path, data: bytes | bytearray) -> None:
+    """Change a file in place, later than it was written, whatever the clock's ticks are."""
+    path.write_bytes(data)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
 
 
 def files(directory: Path) -> list[Path]:
@@ -145,6 +151,10 @@ def test_what_makes_a_block_another_one_is_not_mixed_up(origin: Origin, disk: Pa
         assert tested.get(origin, newer) == b"y" * SIZE
         part = Block(key="object", version="2", start=0, end=10, crc32c=crc32c(b"y" * 10))
         assert tested.get(origin, part) == b"y" * 10
+        origin.put("object", b"z" * SIZE)  # under a version that was given out before
+        same = Block(key="object", version="2", start=0, end=SIZE, crc32c=crc32c(b"z" * SIZE))
+        assert tested.get(origin, same) == b"z" * SIZE
+        assert (tested.stats().corrupt, len(files(disk))) == (0, 6)
 
 
 def test_a_view_stays_valid_when_its_block_is_removed_and_the_cache_closed(origin: Origin, disk: Path) -> None:
@@ -237,7 +247,7 @@ def test_a_flipped_bit_in_a_cached_block_is_healed(
         (path,) = files(ram)
         damaged = bytearray(path.read_bytes())
         damaged[where] ^= 0x10
-        path.write_bytes(damaged)
+        overwrite(path, damaged)
         assert tested.get(origin, block) == content(origin, block)
         assert tested.get(origin, block) == content(origin, block)
         stats = tested.stats()
@@ -262,13 +272,11 @@ def test_a_damaged_file_is_a_miss(origin: Origin, disk: Path, damage: str) -> No
         elif damage == "longer":
             os.truncate(one, FILE + 4096)
         elif damage == "zeroed page":
-            with open(one, "r+b") as file:
-                file.seek(8192)
-                file.write(bytes(4096))
+            overwrite(one, one.read_bytes()[:8192] + bytes(FILE - 8192))
         elif damage == "swapped":
             held = one.read_bytes()
-            one.write_bytes(two.read_bytes())
-            two.write_bytes(held)
+            overwrite(one, two.read_bytes())
+            overwrite(two, held)
         else:
             one.unlink()
             one.mkdir()
@@ -401,23 +409,34 @@ def test_closing_waits_for_requests_under_way_and_drops_the_rest(origin: Origin,
     blocks = make_blocks(origin, 50)
     started, go = threading.Event(), threading.Event()
 
+    events: list[str] = []
+
     def gate(key: str) -> None:
         started.set()
         go.wait()
 
-    origin.gate = gate
+    def lie(data: bytes) -> bytes:
+        events.append("answered")
+        return data
+
+    def close() -> None:
+        tested.close()
+        events.append("closed")
+
+    origin.gate, origin.lie = gate, lie
     tested = TieredCache(ram=0, disk=disk, disk_capacity="10MiB")
     tested.prefetch(origin, blocks)
     started.wait()
     names = {thread.name for thread in threading.enumerate() if thread.name.startswith("stoker-prefetch-")}
     assert names == {f"stoker-prefetch-{number}" for number in range(8)}
-    closer = threading.Thread(target=tested.close)
+    closer = threading.Thread(target=close)
     closer.start()
     wait_until(lambda: tested._closed)
     go.set()
     closer.join()
     assert not any(thread.name.startswith("stoker-prefetch-") for thread in threading.enumerate())
     assert len(origin.fetched) <= 8
+    assert events == ["answered"] * len(origin.fetched) + ["closed"]
 
 
 def test_many_threads_see_right_bytes_while_blocks_are_removed_and_damaged(
@@ -595,11 +614,11 @@ def test_what_is_being_written_by_a_living_process_is_left_alone(origin: Origin,
         real = first._disk._publish
         seen: list[list[str]] = []
 
-        def publish(file: tiers.BlockFile, temporary: str) -> None:
+        def publish(file: tiers.BlockFile, temporary: str) -> bool:
             with TieredCache(ram=0, disk=disk) as second:
                 seen.append(os.listdir(disk / "tmp"))
                 assert second.stats().disk_bytes == FILE
-            real(file, temporary)
+            return real(file, temporary)
 
         first._disk._publish = publish  # type: ignore
         assert first.get(origin, block) == content(origin, block)
@@ -663,15 +682,30 @@ def test_a_forked_child_uses_the_cache_on_its_own(origin: Origin, disk: Path) ->
     with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested:
         tested.prefetch(origin, blocks[:3])
         first = tested.get(origin, blocks[0])
+        locked, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            assert tested._disk is not None
+            with tested._lock, tested._disk._mutex:
+                locked.set()
+                go.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        locked.wait()  # the child gets every lock as another thread of ours holds it
         pid = os.fork()
         if not pid:
             status = 1
+            signal.alarm(60)
             try:
                 tested.prefetch(origin, blocks[3:5])
+                wait_until(lambda: tested.stats().misses == 2)  # by threads of its own
                 right = all(tested.get(origin, block) == content(origin, block) for block in blocks)
                 status = 0 if right and first == content(origin, blocks[0]) else 2
             finally:
                 os._exit(status)
+        go.set()
+        holder.join()
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         fetched = len(origin.fetched)
         assert tested.get(origin, blocks[5]) == content(origin, blocks[5])
@@ -790,7 +824,7 @@ def test_without_shared_memory_blocks_pass_through_with_one_warning(
             for block in blocks:
                 assert tested.get(origin, block) == content(origin, block)
             assert tested.stats().pass_through == 3
-    assert warnings.text.count("no RAM tier") == 1
+    assert warnings.text.count("no ram tier") == 1
     assert counters.since(before)["cache.ram.degraded"] == 2
 
 
@@ -803,7 +837,7 @@ def test_shared_memory_of_someone_else_is_not_used(
     with TieredCache(ram="1MiB") as tested:
         assert tested.stats().ram_capacity_bytes == 0
     assert os.listdir(tmp_path / "open") == []
-    assert "no RAM tier" in warnings.text
+    assert "no ram tier" in warnings.text
 
 
 FULL = """
@@ -869,3 +903,51 @@ def test_the_limit_of_the_control_group_counts_too(
     shutil.rmtree(ram)
     with TieredCache(ram_path=ram) as tested:
         assert tested.stats().ram_capacity_bytes == 250_000
+
+
+def test_a_copy_that_another_process_healed_meanwhile_is_not_removed(
+    origin: Origin, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = make_blocks(origin, 1)
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested, pickle.loads(pickle.dumps(tested)) as other:
+        tested.get(origin, block)
+        (path,) = files(disk)
+        overwrite(path, bytes(FILE))
+        assert tested._disk is not None
+        real = tested._disk._remove_corrupt
+
+        def late(name: str, info: os.stat_result) -> None:
+            with monkeypatch.context() as patch:  # between our finding it damaged and our removing it
+                patch.setattr(tested._disk, "_remove_corrupt", real)
+                assert other.get(origin, block) == content(origin, block)
+            healed.append(path.stat().st_ino)
+            real(name, info)
+
+        healed: list[int] = []
+        monkeypatch.setattr(tested._disk, "_remove_corrupt", late)
+        assert tested.get(origin, block) == content(origin, block)
+        assert [path.stat().st_ino] == healed
+        assert tested.stats().disk_bytes == FILE
+        assert len(origin.fetched) <= 3
+
+
+def test_a_disk_tier_that_can_not_be_made_costs_no_bytes(
+    origin: Origin, tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    (block,) = make_blocks(origin, 1)
+    (tmp_path / "file").write_bytes(b"1")
+    with TieredCache(ram=0, disk=tmp_path / "file" / "tier") as tested:
+        assert tested.get(origin, block) == content(origin, block)
+        assert (tested.stats().pass_through, tested.stats().disk_capacity_bytes) == (1, 0)
+    assert warnings.text.count("no disk tier") == 1
+
+
+def test_where_files_can_not_be_locked_there_is_no_tier(
+    origin: Origin, disk: Path, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
+) -> None:
+    (block,) = make_blocks(origin, 1)
+    monkeypatch.setattr(_locks, "_SETLK", None)
+    with TieredCache(ram=0, disk=disk) as tested:
+        assert tested.get(origin, block) == content(origin, block)
+        assert tested.stats().pass_through == 1
+    assert "no open-file-description locks" in warnings.text

@@ -1,0 +1,99 @@
+"""What obstore raises as stoker's errors: one clear sentence each, never a secret, a body or a debug dump."""
+
+import re
+
+from ..errors import (
+    AccessDenied,
+    AlreadyExists,
+    BucketNotFound,
+    ConfigError,
+    KeyNotFound,
+    ObjectChanged,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+    UnsafeName,
+    UnsupportedError,
+)
+
+__all__ = ["RangeNotSatisfiable", "typed_error"]
+
+
+class RangeNotSatisfiable(StoreError):
+    """416: the range begins at or behind the object's end."""
+
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+# Where a client without credentials asks last, on a machine of the cloud: EC2, ECS, GCE, Azure.
+_METADATA_SERVICE = re.compile(
+    r" https?://[^/]+/(latest/(api/token|meta-data)|v2/credentials|computeMetadata|metadata/)"
+)
+_NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "FilesystemNotFound", "InvalidBucketName"}
+_FULL = {"QuotaExceeded", "QuotaExceededException", "XMinioStorageFull", "InsufficientStorage"}
+_ACCESS_HINTS = {
+    "SignatureDoesNotMatch": "the secret is wrong",
+    "InvalidAccessKeyId": "the store does not know this key",
+    "ExpiredToken": "the session token has expired: get a new one",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+}
+_NETWORK_REASONS = (
+    ("dns error", "the endpoint's name does not resolve"),
+    ("Connection refused", "nobody listens there"),
+    ("InvalidContentType", "the endpoint does not speak TLS"),
+    ("certificate", "the endpoint's certificate is not trusted"),
+    ("TimedOut", "timed out"),
+    ("operation timed out", "timed out"),
+    ("BadScheme", "https only"),
+)
+
+
+def typed_error(error: Exception, place: str, root: str) -> Exception:
+    """The one clear sentence for an exception of obstore. Nothing of its text is quoted but codes."""
+    from obstore import exceptions
+
+    text = str(error)
+    head = text.partition("Debug source:")[0]
+    status = int(match[1]) if (match := _STATUS.search(head)) else 0
+    code = match[1] if (match := _CODE.search(head)) else ""
+    answer = f"{code} ({status})" if code else f"status {status}"
+    if _METADATA_SERVICE.search(head):
+        return AccessDenied(
+            "credentials must be given",
+            place=root,
+            hint="pass them as storage options or environment variables (~/.aws is not read), or pass anon=True",
+        )
+    if code in _NO_BUCKET:
+        return BucketNotFound("no such bucket", place=root)
+    if isinstance(error, exceptions.AlreadyExistsError):
+        return AlreadyExists("must not exist yet", place=place)
+    if isinstance(error, exceptions.PreconditionError):
+        return ObjectChanged("must still be the version that was asked for", place=place)
+    if isinstance(error, FileNotFoundError):
+        return KeyNotFound("no such object", place=place)
+    if isinstance(error, exceptions.NotSupportedError):
+        return UnsupportedError("the server must answer requests for byte ranges", place=place)
+    if isinstance(error, exceptions.InvalidPathError):
+        return UnsafeName("the store must accept the name", place=place)
+    if status == 416:
+        return RangeNotSatisfiable("range behind the end", place=place)
+    if "UnexpectedRange" in text:
+        return ObjectChanged("the store must send the bytes that were asked for, not others", place=place)
+    if status in (401, 403) or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+        return AccessDenied("the store must accept the credentials", value=answer, place=place, hint=_access_hint(code))
+    if status == 507 or code in _FULL:
+        return StoreFull("needs more space than the store has left", value=answer, place=place)
+    if status in (301, 307, 308) or code == "AuthorizationHeaderMalformed":
+        return ConfigError("the bucket must be in the region that is asked", value=answer, place=root, hint="region=")
+    if status == 404:
+        return KeyNotFound("no such object", place=place)
+    if status == 429 or status >= 500:
+        return StoreUnavailable("the store must answer", value=f"{answer} after all retries", place=place)
+    if status:
+        return StoreError("the store must do what it is asked", value=answer, place=place)
+    reason = next((reason for mark, reason in _NETWORK_REASONS if mark in text), "no usable answer")
+    return StoreUnavailable("the store must answer", value=reason, place=place)
+
+
+def _access_hint(code: str) -> str:
+    return _ACCESS_HINTS.get(code, "check the key, its permissions and the region")

@@ -1,0 +1,24 @@
+"""Each broken process is caught by its trial: a trial that can't fail proves nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stoker.testing.kill import run_trial
+from tests.faults.prove import TRIALS
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant", "seen"),
+    [
+        ("packing", "pack_in_place", ("differs from the set", "CorruptRecord", "FormatError")),
+        ("saving", "save_in_place", ("CorruptRecord", "FormatError")),
+        ("saving", "save_and_acknowledge_when_staged", ("was acknowledged, the newest is",)),
+    ],
+)
+def test_a_broken_process_is_caught(name: str, mutant: str, seen: tuple[str, ...], memory: Path) -> None:
+    trial = replace(TRIALS[name](memory), program=f"tests.faults.mutants:{mutant}")
+    report = run_trial(trial, directory=memory, at="calls", seed=1)
+    assert report.violation is not None
+    assert any(words in report.violation for words in seen), report
