@@ -46,7 +46,11 @@ def _shared_memory() -> set[str]:
 def own_shared_memory() -> Iterator[None]:
     """Keep the tests, and the processes that they start, away from the shared memory of real jobs on this machine."""
     shm = Path("/dev/shm")
-    directory = tempfile.mkdtemp(prefix="stoker-test-", dir=shm if shm.is_dir() else None)
+    for left in shm.glob("stoker-test-*-*"):  # of runs that were killed
+        pid = left.name.split("-")[2]
+        if pid.isdecimal() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    directory = tempfile.mkdtemp(prefix=f"stoker-test-{os.getpid()}-", dir=shm if shm.is_dir() else None)
     before = os.environ.get("STOKER_SHM_DIR")
     os.environ["STOKER_SHM_DIR"] = directory
     yield

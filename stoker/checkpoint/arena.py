@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 
 from ..errors import StoreFull
-from ..storage import _posix
 from ..storage._checksums import crc32c
+from ..storage._posix import shared_memory_directory
 
 __all__ = ["HEADER_BYTES", "Arena", "ArenaState"]
 
@@ -44,20 +44,6 @@ def _start_time(pid: int) -> str:
         # The command name may hold spaces and brackets: fields count from the last bracket (proc(5), field 22).
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return ""
-
-
-def shared_memory_directory() -> Path:
-    """The per-user directory below /dev/shm, mode 0700, made if it is missing.
-
-    Raises:
-        OSError: no shared memory here, or the directory belongs to somebody else.
-    """
-    path = Path(f"/dev/shm/stoker-{os.geteuid()}")
-    with suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    if not _posix.is_private_directory(path):
-        raise PermissionError(f"{path} must be a directory of this user with mode 0700")
-    return path
 
 
 # Guarantees: one owner process; used by one save at a time (the manager sees to that). Views handed out by tensor() and

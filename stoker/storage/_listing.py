@@ -35,13 +35,13 @@ def lowest_offset(folder: str, text: str) -> str:
 
 def in_lexical_order(infos: Iterator[ObjectInfo], root: int) -> Iterator[ObjectInfo]:
     """Sort a listing in either order, holding back no more than one sub-folder of the root (`root` characters deep)."""
-    held: list[tuple[str, ObjectInfo]] = []
-    for info in infos:
-        heappush(held, (info.key, info))
+    held: list[tuple[str, int, ObjectInfo]] = []
+    for number, info in enumerate(infos):
+        heappush(held, (info.key, number, info))  # the number settles what a server lists twice
         name, slash, _ = info.key[root:].partition("/")
         # After a file of the root nothing smaller comes. After a file of a folder its sibling "folder-x" may come.
         reached = f"{info.key[:root]}{name}\x01" if slash else info.key
         while held and held[0][0] <= reached:
-            yield heappop(held)[1]
+            yield heappop(held)[-1]
     while held:
-        yield heappop(held)[1]
+        yield heappop(held)[-1]

@@ -67,10 +67,12 @@ class StoreTests:
 
     Attributes:
         creates: whether the store promises exclusive creation; if not, `create` must raise UnsupportedError.
+        races: rounds of eight concurrent creators; some servers settle one in a second.
         large_bytes: a size that makes the store's writer use more than one piece.
     """
 
     creates = True
+    races = 5
     large_bytes = 3 * 2**20
 
     @pytest.fixture
@@ -216,7 +218,7 @@ class StoreTests:
     def test_of_concurrent_creators_exactly_one_wins(self, store: ObjectStore) -> None:
         if not self.creates:
             return
-        creators, rounds = 8, 3
+        creators, rounds = 8, self.races
         barrier = threading.Barrier(creators)
         other = pickle.loads(pickle.dumps(store))  # as another process would have it
 

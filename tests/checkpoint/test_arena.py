@@ -13,6 +13,7 @@ import torch
 
 from stoker.checkpoint import arena as arena_module
 from stoker.checkpoint.arena import HEADER_BYTES, Arena, is_alive, read_header, sweep_dead_arenas
+from stoker.storage._posix import shared_memory_directory
 
 MIB = 1 << 20
 
@@ -23,7 +24,7 @@ def root_id() -> str:
 
 
 def arena_file(root_id: str) -> Path:
-    return Path(f"/dev/shm/stoker-{os.geteuid()}/arena-{root_id}-00000-0")
+    return shared_memory_directory() / f"arena-{root_id}-00000-0"
 
 
 def abandoned_arena(root_id: str, size_bytes: int) -> None:

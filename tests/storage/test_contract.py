@@ -33,6 +33,7 @@ class TestMemory(StoreTests):
 
 
 class TestS3(StoreTests):
+    races = 2
     large_bytes = 20 * 2**20 + 12345  # three parts
 
     @pytest.fixture
