@@ -39,7 +39,16 @@ def _threads() -> set[threading.Thread]:
 
 def _shared_memory() -> set[str]:
     directory = Path(os.environ["STOKER_SHM_DIR"])
-    return {str(path) for path in directory.rglob("*") if not path.is_dir() and path.name not in _KEPT_NAMES}
+    found = (path for path in directory.rglob("*") if not path.is_dir() and path.name not in _KEPT_NAMES)
+    return {str(path) for path in found if not _is_arena_of_another(path)}
+
+
+def _is_arena_of_another(path: Path) -> bool:
+    """Whether this is the staging arena of a child: a killed one leaves it for the next start, by design."""
+    if not path.name.startswith("arena-"):
+        return False
+    with path.open("rb") as file:
+        return f'"pid":{os.getpid()},'.encode() not in file.read(4096)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ import json
 import logging
 import mmap
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,8 @@ class Arena:
         self._view = memoryview(self._memory)
         self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.mark("EMPTY")
+        # A process that ends without close() leaves nothing either; only a killed one leaves its arena to the next.
+        self._unlink = weakref.finalize(self, _unlink_own, self.path, os.getpid())
 
     def _map_shared(self, root_id: str, rank: int) -> mmap.mmap:
         directory = shared_memory_directory()
@@ -128,10 +131,8 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and unlink. Call when no save uses it; a process that dies instead leaves it to the next one."""
-        if self.path is not None:
-            with suppress(FileNotFoundError):
-                self.path.unlink()
-            self.path = None
+        self._unlink()
+        self.path = None
         del self._bytes
         self._view.release()
         # A view that somebody still holds keeps the mapping alive; it goes with the view.
@@ -143,6 +144,12 @@ class Arena:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _unlink_own(path: Path | None, pid: int) -> None:
+    if path is not None and os.getpid() == pid:  # not in a forked child, whose parent still uses it
+        with suppress(FileNotFoundError):
+            path.unlink()
 
 
 def read_header(data: bytes) -> dict[str, Any] | None:

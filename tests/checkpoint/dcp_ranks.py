@@ -1,5 +1,6 @@
 """What each of two ranks does under torchrun in test_dcp: save DTensors, then load what one process saved."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def main(root: Path) -> None:
         full = loaded.full_tensor() if isinstance(loaded, DTensor) else loaded
         assert torch.equal(full, tensor), name
     assert state["epoch"] == 7
-    dist.destroy_process_group()
+    dist.barrier()
+    # All is checked. Torn down under load, gloo's threads were once seen to abort the process, which proves nothing here.
+    os._exit(0)
 
 
 if __name__ == "__main__":

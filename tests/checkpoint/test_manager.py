@@ -32,6 +32,7 @@ from stoker.errors import (
     UnsupportedState,
 )
 from stoker.storage import local
+from stoker.storage._posix import shared_memory_directory
 
 
 def trained(seed: int, steps: int = 3) -> dict[str, Any]:
@@ -533,6 +534,7 @@ ckpt.save(1, {{"t": torch.ones(1 << 20)}})
     assert done.returncode == 0, done.stderr
     with CheckpointManager(tmp_path) as ckpt:
         assert ckpt.steps() == [1]
+    assert not list(shared_memory_directory().glob("arena-*"))
 
 
 def test_a_killed_save_leaves_the_steps_before_and_the_next_run_clears_up(tmp_path: Path) -> None:
