@@ -191,8 +191,11 @@ class _Bare:
         self._threads = ThreadPoolExecutor(_IO_THREADS)
 
     def allocate(self) -> None:
-        # Private and anonymous: page-aligned, and in huge pages where the kernel has them, so the limit is a hard one.
+        # Huge pages where the kernel gives them: the disk takes each as one piece, so the limit is the hardest there is.
         self._memory = mmap.mmap(-1, self._job.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         flat = torch.frombuffer(self._memory, dtype=torch.float32)
         at = 0
         for tensor in self._job.state.values():
