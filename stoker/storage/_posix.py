@@ -213,9 +213,16 @@ class UnnamedFile:
     def _in_directory(self, act: Callable[[], T]) -> T:
         """`act`, with the directory in place: whoever deletes the last object in it removes it, at any moment."""
         for _ in range(100):
-            with suppress(FileNotFoundError):
+            try:
                 make_directories(self._directory)
                 return act()
+            except FileNotFoundError:
+                continue
+            except PermissionError as error:
+                # What ext4 says to O_TMPFILE in a directory that is being removed (seen once in a stress test); a
+                # directory that really forbids it says so again below.
+                if error.errno != errno.EPERM:
+                    raise
         return act()
 
     def _temporary_name(self) -> Path:
