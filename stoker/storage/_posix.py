@@ -197,7 +197,7 @@ class UnnamedFile:
         try:
             return self._in_directory(lambda: os.open(self._directory, flags | os.O_TMPFILE, 0o600))
         except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.EPERM):
                 raise
         while True:
             path = self._temporary_name()
