@@ -66,12 +66,11 @@ from .manifest import BlobInfo, Fragment, Manifest, StateInfo, WrittenChunk
 from .plan import Piece, Plan, dtype_name
 from .reader import StepReader, read_manifest, resolve_step
 from .restore import read_boxes
-from .stage import BlobSave, StagedLayout
+from .stage import WRITE_THREADS, BlobSave, StagedLayout
 from .tree import put_at
 
 __all__ = ["StokerReader", "StokerWriter"]
 
-_IO_THREADS = 4
 _PERSIST_TIMEOUT_S = 1800.0
 _STEP = re.compile(r"(?:step[-_])?(\d{1,12})")
 _RANK_LOCAL = re.compile(r"state/.*\.\d{5}\.json")
@@ -353,7 +352,7 @@ class StokerWriter(StorageWriter):
         layout.arena.mark("FILLING", step=attempt.step, nonce=attempt.nonce)
         opened: Future[None] = Future()
         opened.set_result(None)  # the coordinator opened the term before it sent the plans
-        with ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="stoker-write") as threads:
+        with ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="stoker-write") as threads:
             blobs = BlobSave(
                 layout,
                 store=self._root.store,
@@ -586,7 +585,7 @@ class StokerReader(StorageReader):
         self._nonce = live.nonce
         directory = step_directory(self.step, live.nonce)
         manifest = read_manifest(store, directory, live)
-        self._reader = StepReader(store, directory, manifest, io_threads=_IO_THREADS)
+        self._reader = StepReader(store, directory, manifest)
         paths: dict[str, Any] = {name: (name,) for name in manifest.tensor_names}
         self._values = {}
         for path in manifest.states:

@@ -53,14 +53,13 @@ from .plan import Plan, make_plan, plan_signature
 from .reader import StepReader, read_manifest, resolve_step
 from .restore import RestoreReport, restore_tree
 from .retire import Retirement
-from .stage import BlobSave, StagedLayout
+from .stage import WRITE_THREADS, BlobSave, StagedLayout
 from .tree import TreeView, state_path, view_tree
 
 __all__ = ["CheckpointManager", "load", "save"]
 
 logger = logging.getLogger(__name__)
 
-_IO_THREADS = 4
 _CONSTRUCT_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 1800.0
 
@@ -129,7 +128,7 @@ class CheckpointManager:
         self._retirement = Retirement(self._store, self._log, grace_s=grace_s)
         self._root_id = root_id_of(self._store.url)
         self._host = socket.gethostname()
-        self._threads = ThreadPoolExecutor(_IO_THREADS, thread_name_prefix="stoker-write")
+        self._threads = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="stoker-write")
         self._persister = ThreadPoolExecutor(1, thread_name_prefix="stoker-persist")
         self._opened: Future[None] | None = None
         self._term = 0
@@ -402,7 +401,7 @@ class CheckpointManager:
         found, live, newest = self._resolve(step)
         directory = step_directory(found, live.nonce)
         manifest = read_manifest(self._store, directory, live)
-        reader = StepReader(self._store, directory, manifest, io_threads=_IO_THREADS)
+        reader = StepReader(self._store, directory, manifest)
         report = restore_tree(tree, reader, rank=self.rank, step=found, names=names, strict=strict)
         if step is not None and newest > found:
             self._rewind_to, self._opened = found, None

@@ -5,6 +5,7 @@ Needs no torch: the command line verifies a checkpoint with this module alone.
 
 import hashlib
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ __all__ = ["Span", "StepReader", "read_manifest", "resolve_step"]
 
 _READ_BYTES = 8 << 20
 """One read: CRC blocks are coalesced up to here."""
+_READ_THREADS = 8
+"""While some check and copy, enough others read: on 2 cores, 2.3 GB/s of the disk's 2.8 instead of 1.9 with four."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +43,21 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """One coalesced read of whole CRC blocks, and the spans that it serves."""
+    """One coalesced read of whole CRC blocks, and the spans that each of them serves."""
 
     blob: BlobInfo
     start: int
     end: int
-    spans: list[Span]
+    spans_of_block: Mapping[int, Sequence[Span]]
 
 
 # Guarantees: read() may be called from several threads; each reader thread has its own aligned buffer.
 class StepReader:
     """Reads from the blobs of one step. `directory` is the step's key below the store's root."""
 
-    def __init__(self, store: ObjectStore, directory: str, manifest: Manifest, *, io_threads: int = 4) -> None:
+    def __init__(self, store: ObjectStore, directory: str, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._store, self._directory, self._io_threads = store, directory, io_threads
+        self._store, self._directory = store, directory
         self._local = threading.local()
 
     @property
@@ -99,38 +102,48 @@ class StepReader:
         """
 
         def damage(read: _Read) -> list[CorruptBlock]:
-            found = self._check(read, self._fetch(read))
+            found = self._all_damage(read)
             if found:  # a flip on the way is gone the second time; one at rest is not
-                found = self._check(read, self._fetch(read))
+                found = self._all_damage(read)
             on_read(read.end - read.start)
             return found
 
         reads = (read for blob in blobs for read in _coalesce(blob, (), whole=True))
-        with ThreadPoolExecutor(self._io_threads, thread_name_prefix="stoker-verify") as threads:
+        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="stoker-verify") as threads:
             return [error for found in threads.map(damage, reads) for error in found]
 
     def _run(self, reads: list[_Read]) -> None:
         if len(reads) == 1:
             self._serve(reads[0])
             return
-        with ThreadPoolExecutor(self._io_threads, thread_name_prefix="stoker-restore") as threads:
+        with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="stoker-restore") as threads:
             for _ in threads.map(self._serve, reads):
                 pass
 
     def _serve(self, read: _Read) -> None:
-        data = self._fetch(read)
-        damaged = self._check(read, data)
-        if damaged:  # a flip on the way is gone the second time; one at rest is not
+        damaged = self._deliver(read)
+        if damaged is not None:  # a flip on the way is gone the second time; one at rest is not
             counters.add("ckpt.restore.rereads")
-            data = self._fetch(read)
-            damaged = self._check(read, data)
-        if damaged:
-            raise damaged[0]
-        for span in read.spans:
-            start, end = max(span.start, read.start), min(span.end, read.end)
-            # numpy lets other threads run while it copies; assigning to a memoryview does not.
-            np.copyto(span.sink[start - span.start : end - span.start], data[start - read.start : end - read.start])
+            damaged = self._deliver(read)
+        if damaged is not None:
+            raise damaged
         counters.add("ckpt.restore.bytes", read.end - read.start)
+
+    def _deliver(self, read: _Read) -> CorruptBlock | None:
+        """Fetch, then check and copy block by block, while the processor's cache holds the block."""
+        data = self._fetch(read)
+        for start in range(read.start, read.end, CRC_BLOCK_BYTES):
+            damaged = self._damage(read, data, start)
+            if damaged is not None:
+                return damaged
+            stop = min(start + CRC_BLOCK_BYTES, read.end)
+            for span in read.spans_of_block.get(start // CRC_BLOCK_BYTES, ()):
+                first, last = max(span.start, start), min(span.end, stop)
+                # numpy lets other threads run while it copies; assigning to a memoryview does not.
+                np.copyto(
+                    span.sink[first - span.start : last - span.start], data[first - read.start : last - read.start]
+                )
+        return None
 
     def _fetch(self, read: _Read) -> NDArray[np.uint8]:
         buffer: memoryview | None = getattr(self._local, "buffer", None)
@@ -140,22 +153,26 @@ class StepReader:
         self._store.get_into(self.key(read.blob.path), part, read.start)
         return np.frombuffer(part, np.uint8)
 
-    def _check(self, read: _Read, data: NDArray[np.uint8]) -> list[CorruptBlock]:
-        damaged = []
-        for at in range(read.start, read.end, CRC_BLOCK_BYTES):
-            end = min(at + CRC_BLOCK_BYTES, read.end)
-            got = crc32c(data[at - read.start : end - read.start].data)
-            expected = int(read.blob.crcs[at // CRC_BLOCK_BYTES])
-            if got != expected:
-                damaged.append(CorruptBlock(self._store.place(self.key(read.blob.path)), at, end, expected, got))
-        return damaged
+    def _damage(self, read: _Read, data: NDArray[np.uint8], start: int) -> CorruptBlock | None:
+        """What is wrong with the CRC block at `start` of a read, if anything."""
+        end = min(start + CRC_BLOCK_BYTES, read.end)
+        got = crc32c(data[start - read.start : end - read.start].data)
+        expected = int(read.blob.crcs[start // CRC_BLOCK_BYTES])
+        if got == expected:
+            return None
+        return CorruptBlock(self._store.place(self.key(read.blob.path)), start, end, expected, got)
+
+    def _all_damage(self, read: _Read) -> list[CorruptBlock]:
+        data = self._fetch(read)
+        found = (self._damage(read, data, start) for start in range(read.start, read.end, CRC_BLOCK_BYTES))
+        return [damaged for damaged in found if damaged is not None]
 
 
 def _coalesce(blob: BlobInfo, spans: Sequence[Span], *, whole: bool = False) -> list[_Read]:
     """Whole CRC blocks that cover `spans`, each once, joined to reads of at most 8 MiB."""
     blocks_per_read = _READ_BYTES // CRC_BLOCK_BYTES
     num_blocks = -(-blob.size_bytes // CRC_BLOCK_BYTES)
-    serving: dict[int, list[Span]] = {}
+    serving: defaultdict[int, list[Span]] = defaultdict(list)
     needed = np.zeros(num_blocks, bool)
     if whole:
         needed[:] = True
@@ -163,8 +180,8 @@ def _coalesce(blob: BlobInfo, spans: Sequence[Span], *, whole: bool = False) -> 
         if span.end > span.start:
             first, last = span.start // CRC_BLOCK_BYTES, -(-span.end // CRC_BLOCK_BYTES)
             needed[first:last] = True
-            for group in range(first // blocks_per_read, -(-last // blocks_per_read)):
-                serving.setdefault(group, []).append(span)
+            for block in range(first, last):
+                serving[block].append(span)
     reads = []
     for group in range(-(-num_blocks // blocks_per_read)):
         base = group * blocks_per_read
@@ -173,8 +190,7 @@ def _coalesce(blob: BlobInfo, spans: Sequence[Span], *, whole: bool = False) -> 
         for run in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if len(wanted) else []:
             start = (base + int(run[0])) * CRC_BLOCK_BYTES
             end = min((base + int(run[-1]) + 1) * CRC_BLOCK_BYTES, blob.size_bytes)
-            inside = [span for span in serving.get(group, []) if span.start < end and start < span.end]
-            reads.append(_Read(blob=blob, start=start, end=end, spans=inside))
+            reads.append(_Read(blob=blob, start=start, end=end, spans_of_block=serving))
     return reads
 
 

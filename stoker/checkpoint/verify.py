@@ -19,7 +19,6 @@ from .reader import StepReader, read_manifest, resolve_step
 
 __all__ = ["Damage", "VerifyReport", "verify"]
 
-_IO_THREADS = 4
 _SMALL_THREADS = 16
 """Documents and fragments are small: what counts there is requests in flight."""
 _DAMAGED = (CorruptionError, FormatError, KeyNotFound)
@@ -163,7 +162,7 @@ class _Job:
             self._add("manifest", f"{directory}/manifest.arrow", error, step)
             return None
         self.num_bytes += len(manifest.to_bytes())
-        return StepReader(self._store, directory, manifest, io_threads=_IO_THREADS)
+        return StepReader(self._store, directory, manifest)
 
     def check(self, step: int, reader: StepReader, on_read: Callable[[int], None]) -> None:
         """All files of a step but its manifest."""

@@ -233,7 +233,7 @@ def open_step(
     store = open_store(os.fspath(url), **(storage_options or {}))
     found, live, _ = resolve_step(CheckpointLog(store), step, store.url)
     directory = step_directory(found, live.nonce)
-    return found, StepReader(store, directory, read_manifest(store, directory, live), io_threads=4)
+    return found, StepReader(store, directory, read_manifest(store, directory, live))
 
 
 def open_zarr(

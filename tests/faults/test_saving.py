@@ -27,17 +27,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_saving_process_that_is_killed_at_random_tears_nothing(memory: Path) -> None:
-    report = prove("saving", "moments", 20, directory=memory, seed=1)
-    # Of so few kills a handful may miss: the share is held to 90 % where `make prove` makes hundreds.
-    assert report.ok or "in flight" in str(report.violation), report
-    assert report.in_flight >= report.kills // 2
+    report = prove("saving", "moments", 20, directory=memory, seed=1, min_in_flight=0.5)
+    assert report.ok, report
 
 
 def test_a_saving_process_that_is_killed_between_calls_tears_nothing(memory: Path) -> None:
-    report = prove("saving", "calls", 20, directory=memory, seed=1)
-    # Of so few kills a handful may miss: the share is held to 90 % where `make prove` makes hundreds.
-    assert report.ok or "in flight" in str(report.violation), report
-    assert report.in_flight >= report.kills // 2
+    report = prove("saving", "calls", 20, directory=memory, seed=1, min_in_flight=0.5)
+    assert report.ok, report
 
 
 def test_whole_steps_pass_the_check(root: Path) -> None:
