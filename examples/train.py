@@ -8,17 +8,18 @@ Start it again after a crash and it goes on from the newest committed step. Cred
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -39,9 +40,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(self.norm_1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
-        y: Tensor = self.down(F.gelu(self.up(self.norm_2(x))))
+        y: Tensor = self.down(nn.functional.gelu(self.up(self.norm_2(x))))
         return x + y
 
 
@@ -56,8 +57,7 @@ class GPT(nn.Module):
         x = self.tokens(input_ids) + self.positions(torch.arange(input_ids.shape[1], device=input_ids.device))
         for block in self.blocks:
             x = block(x)
-        loss: Tensor = F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.view(-1))
-        return loss
+        return nn.functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.view(-1))
 
 
 def arguments() -> argparse.Namespace:
@@ -65,25 +65,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="token data set: path or URL")
     parser.add_argument("--checkpoints", required=True, help="checkpoint root: path or URL, the same for all ranks")
     parser.add_argument("--steps", type=int, default=200, help="train until this step")
-    parser.add_argument("--save-every", type=int, default=20, help="steps between saves")
-    parser.add_argument("--global-batch", type=int, default=16, help="rows in a step, over all ranks")
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--depth", type=int, default=4)
+    numbers = {"save-every": 20, "global-batch": 16, "seq-len": 128, "vocab": 4096, "width": 192, "depth": 4}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--events", help="append one JSON object for each event to EVENTS.rank")
+    parser.add_argument("--tensorboard", help="directory for scalars, if TensorBoard is installed")
     return parser.parse_args()
 
 
-def digest(model: nn.Module) -> str:
-    """Of all parameters; the same for any sharding."""
+def digest(model: nn.Module) -> str:  # of all parameters: the same for any sharding
     full = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in full)).hexdigest()
-
-
-def rows_of(batch: dict[str, Tensor]) -> dict[int, int]:
-    """What this rank was given: a checksum for each position in the stream."""
-    return dict(zip(batch["position"].tolist(), map(zlib.crc32, batch["input_ids"].numpy()), strict=True))
 
 
 def main() -> None:
@@ -95,16 +87,21 @@ def main() -> None:
     model = GPT(args.vocab, args.seq_len, args.width, args.depth, heads=args.width // 32).to(device)
     if world_size > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("dp",))
         for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min((done + 1) / 20, 20 / max(done, 20)))
+    board: Any = None
+    with suppress(ImportError):  # TensorBoard is no requirement
+        if args.tensorboard and rank == 0:
+            board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.tensorboard)
 
     def log(event: str, **facts: object) -> None:
         if args.events:
             with Path(f"{args.events}.{rank}").open("a") as file:
                 file.write(json.dumps({"event": event, **facts}) + "\n")
+        for name in facts.keys() & {"loss", "seconds", "wait_s", "stall_s"} if board and "step" in facts else ():
+            board.add_scalar(f"{event}/{name}", facts[name], facts["step"])
 
     rows_per_rank, handle = args.global_batch // world_size, None
     with (
@@ -135,13 +132,16 @@ def main() -> None:
                 handle = ckpt.save(step, tree)
                 log("saving", step=step, stall_s=handle.report().stall_s)
             seconds = time.perf_counter() - started
-            log("step", step=step, loss=loss.item(), seconds=seconds, wait_s=waited_s, rows=rows_of(batch))
+            rows = dict(zip(batch["position"].tolist(), map(zlib.crc32, batch["input_ids"].numpy()), strict=True))
+            log("step", step=step, loss=loss.item(), seconds=seconds, wait_s=waited_s, rows=rows)
             if rank == 0 and (step % 10 == 0 or step == args.steps):
                 print(f"step {step}: loss {loss.item():.4f}, {seconds:.3f} s", flush=True)
         if handle is not None:
             handle.wait("committed")
             log("done", seconds=handle.report().committed_s, bytes=handle.report().staged_bytes)
         log("counts", **counters.snapshot())
+    if board:
+        board.close()
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """The command ``stoker``: mounts the layers' commands and turns errors into one sentence and an exit code.
 
-Exit codes: 0 done, 1 found wrong, failed or interrupted, 2 wrong usage.
+Exit codes: 0 done, 1 found wrong or failed, 2 wrong usage, 130 interrupted.
 """
 
 import json
@@ -15,6 +15,9 @@ from ._console import new_app
 from .errors import ConfigError, StokerError, UnsupportedError
 
 __all__ = ["main"]
+
+INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells have it."""
 
 app = new_app("The I/O layer of PyTorch training: token data sets, cache, checkpoints, benches.")
 
@@ -51,11 +54,22 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Run ``stoker`` with `arguments` (those of the process by default) and exit."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    _mount()
     try:
+        _mount()
         app(args=arguments, prog_name="stoker")
     except StokerError as error:
         sys.exit(_fail(error, arguments))
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+    except SystemExit as done:
+        if done.code == INTERRUPTED:  # typer has turned the KeyboardInterrupt into this
+            _interrupted()
+        raise
+
+
+def _interrupted() -> int:
+    sys.stderr.write("error: interrupted\n")
+    return INTERRUPTED
 
 
 def _fail(error: StokerError, arguments: list[str]) -> int:

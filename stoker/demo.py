@@ -20,14 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import typer
 
 from ._console import JsonFlag, emit, progress
-from .errors import ConfigError, MissingExtra, StokerError
+from .errors import ConfigError, MissingExtra, StokerError, StoreFull
 from .metrics import Prices
 from .storage import open_store
+from .storage._units import format_bytes
 
 __all__ = ["Verdict", "compare_checkpoints", "compare_runs", "compare_streams", "demo", "read_events", "train_script"]
 
@@ -38,6 +39,8 @@ _SAVE_EVERY = 15
 _ELASTIC_STEPS = 12
 _MAX_KILLS = 8
 _RUN_TIMEOUT_S = 900.0
+_DATA_BYTES = 64 << 20
+"""Disk for the data set, the tokenizer and the logs, with room to spare."""
 _LOSS_TOLERANCE = 1e-3
 """Relative: two ranks add their gradients in another order than one, and a dozen steps of AdamW carry that on."""
 
@@ -148,6 +151,44 @@ def _tensors(root: str, storage_options: Mapping[str, Any]) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
+class _Interrupts:
+    """Ctrl-C and SIGTERM become one KeyboardInterrupt, and none while something must not be torn.
+
+    Held from the start; between :meth:`release` and :meth:`hold` the first signal raises. Whatever comes after that one is
+    ignored, so that cleaning up is never interrupted itself.
+    """
+
+    def __init__(self) -> None:
+        self._held, self._arrived, self._raised = True, False, False
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._arrive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _arrive(self, *_: object) -> None:
+        self._arrived = True
+        if not self._held and not self._raised:
+            self._raise()
+
+    def hold(self) -> None:
+        """From here on a signal waits for :meth:`release`."""
+        self._held = True
+
+    def release(self) -> None:
+        """Raise KeyboardInterrupt if a signal came meanwhile, and from here on when one comes."""
+        self._held = False
+        if self._arrived and not self._raised:
+            self._raise()
+
+    def _raise(self) -> None:
+        self._raised = True
+        raise KeyboardInterrupt
+
+
 def train_script() -> Path:
     """``examples/train.py``: beside this file in an installed package, one folder up in a checkout."""
     here = Path(__file__).resolve().parent
@@ -193,6 +234,7 @@ class _Run:
     name: str
     place: _Place
     work: Path
+    interrupts: _Interrupts
     steps: int
     width: int
     ranks: int = 1
@@ -225,17 +267,27 @@ class _Run:
     def started(self) -> "Iterator[subprocess.Popen[bytes]]":
         """The run as a process group of its own, gone when the block ends, however it ends."""
         # Two ranks on one machine and one step after another: threads that spin for each other only stand in the way.
-        env = (
-            {"OMP_NUM_THREADS": "1", **os.environ, **self.place.env} if self.ranks > 1 else os.environ | self.place.env
-        )
-        with self._output.open("ab") as output:
-            process = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
-            )
+        threads = {"OMP_NUM_THREADS": "1"} if self.ranks > 1 else {}
+        env = {**threads, **os.environ, **self.place.env}
+        process = None
+        self.interrupts.hold()
         try:
+            with self._output.open("ab") as output:
+                process = subprocess.Popen(
+                    self._command(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=env,
+                    start_new_session=True,
+                )
+            self.interrupts.release()
             yield process
         finally:
-            self._end(process)
+            self.interrupts.hold()
+            if process is not None:
+                self._end(process)
+            self.interrupts.release()
 
     def _end(self, process: "subprocess.Popen[bytes]") -> None:
         if process.poll() is not None:
@@ -244,7 +296,7 @@ class _Run:
             # torchrun puts its ranks into sessions of their own and ends them when it is asked to end itself.
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(30)
+                process.wait(60)  # it gives its ranks 30 s
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -369,17 +421,20 @@ def demo(
     )
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     settings = _Settings(steps=steps, width=width, corpus_files=corpus_files, seed=seed, prices=prices)
-    # SIGTERM ends the demo as Ctrl-C does: children and temporary directories go first.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ExitStack() as stack:
+    with _Interrupts() as interrupts, ExitStack() as stack:
         work = stack.enter_context(_working_directory(directory))
+        _require_space(work, width)
         place = _Place(url=str(work / "store"))
         if store == "s3":
             from .testing.s3 import S3Server
 
             server = stack.enter_context(S3Server(buckets=("stoker-demo",)))
             place = _Place(url="s3://stoker-demo", storage_options=server.storage_options, env=server.env)
-        report = _run_demo(work, place, settings)
+        for make in (_own_shared_memory, _own_temporary_files):
+            place = replace(place, env=place.env | stack.enter_context(make()))
+        stack.callback(interrupts.hold)  # the first thing that is done at the end, whatever it is
+        interrupts.release()
+        report = _run_demo(work, place, settings, interrupts)
     emit(report, _table(report), as_json=as_json)
     if not report["ok"]:
         raise typer.Exit(1)
@@ -406,12 +461,45 @@ def _working_directory(directory: Path | None) -> Iterator[Path]:
     yield directory
 
 
+def _require_space(directory: Path, width: int) -> None:
+    """Refuse to begin what would end with a full disk."""
+    # Parameters of examples/train.py, twelve bytes each with AdamW; three roots hold two steps and write a third.
+    parameters = 2 * _VOCAB * width + 4 * 12 * width**2
+    needed = 3 * 3 * 12 * parameters + _DATA_BYTES
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise StoreFull(
+            f"{format_bytes(needed)} must be free",
+            value=format_bytes(free),
+            place=str(directory),
+            hint="--dir, or TMPDIR, on a larger disk",
+        )
+
+
+@contextmanager
+def _own_shared_memory() -> Iterator[dict[str, str]]:
+    """The environment that keeps what the runs have in shared memory together, to be removed with the rest."""
+    parent = os.environ.get("STOKER_SHM_DIR") or "/dev/shm"
+    if not os.access(parent, os.W_OK):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="stoker-demo-", dir=parent) as directory:
+        yield {"STOKER_SHM_DIR": directory}
+
+
+@contextmanager
+def _own_temporary_files() -> Iterator[dict[str, str]]:
+    """The environment that keeps the runs' temporary files together: torch leaves some behind."""
+    with tempfile.TemporaryDirectory(prefix="stoker-demo-tmp-") as directory:
+        yield {"TMPDIR": directory}
+
+
 def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
-def _run_demo(work: Path, place: _Place, settings: _Settings) -> dict[str, Any]:
+def _run_demo(work: Path, place: _Place, settings: _Settings, interrupts: _Interrupts) -> dict[str, Any]:
     began = time.monotonic()
     files = _corpus()[: settings.corpus_files]
     _say(f"[1/6] training a byte-pair tokenizer on {len(files)} files of Python's standard library")
@@ -419,7 +507,7 @@ def _run_demo(work: Path, place: _Place, settings: _Settings) -> dict[str, Any]:
     _say(f"[2/6] packing them into a token data set at {place.under('tokens')}")
     tokens = _pack(files, work, place)
     steps = settings.steps
-    straight = _Run(name="straight", place=place, work=work, steps=steps, width=settings.width)
+    straight = _Run(name="straight", place=place, work=work, interrupts=interrupts, steps=steps, width=settings.width)
     killed = replace(straight, name="killed")
     _say(f"[3/6] training {steps} steps without interruption")
     straight.finish()

@@ -2,16 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stoker.checkpoint import save
 from stoker.demo import compare_checkpoints, compare_runs, compare_streams, read_events, train_script
+from stoker.loaders import TokenWriter
 
 STRAIGHT = [{"event": "step", "step": step, "loss": 1 / step} for step in range(1, 7)]
 
@@ -79,15 +83,18 @@ def test_a_lost_a_repeated_and_a_changed_row_are_found() -> None:
     assert compare_streams(ROWS, [left, right[:2]], 1, 3).reason == "step 3 is missing"
 
 
+SMALL = ("--steps", "60", "--corpus-files", "60", "--width", "64")
+# One thread: two that spin for each other make no progress on a machine that is busy with something else.
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def stoker(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stoker.cli", *arguments]
-    # One thread: two that spin for each other make no progress on a machine that is busy with something else.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True, check=False)
 
 
 def test_the_whole_demonstration_ends_with_ok(tmp_path: Path) -> None:
-    done = stoker("demo", "--steps", "60", "--corpus-files", "60", "--width", "64", "--json", cwd=tmp_path)
+    done = stoker("demo", *SMALL, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] is True
@@ -118,3 +125,79 @@ def test_the_training_script_is_handed_over_and_short(tmp_path: Path) -> None:
     assert len(copied.read_text().splitlines()) <= 150
     again = stoker("demo", "--copy", str(tmp_path / "mine"), cwd=tmp_path)
     assert again.returncode == 2
+
+
+def processes_with(variable: str) -> list[int]:
+    """Those that were started with this NAME=VALUE in their environment, and still run."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if process.name.isdigit() and variable.encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "[1/6]"), (signal.SIGTERM, "[3/6]"), (signal.SIGINT, "[6/6]")],
+    ids=["ctrl-c before the runs", "sigterm in a run", "ctrl-c under torchrun"],
+)
+def test_an_interrupt_ends_in_one_sentence_and_leaves_nothing(tmp_path: Path, number: int, moment: str) -> None:
+    memory = Path(os.environ["STOKER_SHM_DIR"]) / tmp_path.name
+    memory.mkdir(mode=0o700)
+    (tmp_path / "tmp").mkdir()
+    env = {**ENV, "TMPDIR": str(tmp_path / "tmp"), "STOKER_SHM_DIR": str(memory)}
+    command = [sys.executable, "-m", "stoker.cli", "demo", *SMALL]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stderr is not None
+        assert any(line.startswith(moment) for line in process.stderr)
+        process.send_signal(number)
+        process.send_signal(number)  # impatience must not leave more behind
+        said = process.stderr.read().splitlines()
+        assert process.wait() == 130
+    assert said[-1] == "error: interrupted"
+    assert not any(line.startswith("Traceback") for line in said)
+    assert not list((tmp_path / "tmp").iterdir())
+    assert not list(memory.iterdir())
+    memory.rmdir()
+    assert not processes_with(f"TMPDIR={tmp_path / 'tmp'}")
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    done = stoker("demo", "--dir", str(tmp_path / "work"), "--width", "1000000", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "must be free" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> list[str]:
+    """The command line of two steps of examples/train.py with scalars for TensorBoard."""
+    with TokenWriter(tmp_path / "tokens", dtype="uint16", eos_id=0) as writer:
+        writer.write(np.arange(1, 2000) % 64)
+    options = {
+        "data": tmp_path / "tokens",
+        "checkpoints": tmp_path / "ckpt",
+        "tensorboard": tmp_path / "scalars",
+        "steps": 2,
+        "global-batch": 2,
+        "seq-len": 16,
+        "vocab": 64,
+        "width": 32,
+        "depth": 1,
+    }
+    return [sys.executable, str(train_script()), *(f"--{name}={value}" for name, value in options.items())]
+
+
+def test_the_training_script_writes_scalars_for_tensorboard(training: list[str], tmp_path: Path) -> None:
+    subprocess.run(training, env=ENV, check=True, capture_output=True)
+    (events,) = (tmp_path / "scalars").iterdir()
+    for name in (b"step/loss", b"step/wait_s", b"saving/stall_s"):
+        assert name in events.read_bytes()
+
+
+def test_the_training_script_does_without_tensorboard(training: list[str], tmp_path: Path) -> None:
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "tensorboard.py").write_text("raise ImportError('not installed')")
+    subprocess.run(training, env={**ENV, "PYTHONPATH": str(tmp_path / "absent")}, check=True, capture_output=True)
+    assert not (tmp_path / "scalars").exists()

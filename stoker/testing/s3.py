@@ -240,6 +240,8 @@ def _free_ports(count: int) -> list[int]:
             except (OSError, OverflowError):
                 continue
             ports.append(port)
+    except OSError as error:
+        raise StoreError(f"needs {count} free ports on {_HOST}", value=error.strerror, place="S3Server") from error
     finally:
         for one in held:
             one.close()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -94,3 +96,20 @@ def test_the_cache_of_a_test_has_both_tiers_in_places_of_its_own(node_cache: Tie
     stats = node_cache.stats()
     assert stats.ram_capacity_bytes == stats.disk_capacity_bytes == 64 * 2**20
     assert os.environ["STOKER_SHM_DIR"] in repr(node_cache) and str(tmp_path) in repr(node_cache)
+
+
+def test_without_free_ports_it_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from stoker.errors import StoreError
+from stoker.testing import S3Server
+resource.setrlimit(resource.RLIMIT_NOFILE, (12, 12))
+try:
+    S3Server().__enter__()
+except StoreError as error:
+    sys.exit(str(error))
+"""
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=False)
+    assert done.stderr == "S3Server: needs 5 free ports on 127.0.0.1, got 'Too many open files'\n"
+    assert not list(tmp_path.iterdir())
