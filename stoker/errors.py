@@ -14,6 +14,8 @@
     │   ├── AccessDenied (PermissionError)     wrong, missing or expired credentials; file modes
     │   ├── StoreFull                          no space left, quota reached, shared memory exhausted
     │   └── StoreUnavailable (ConnectionError) no answer that could be used, after all retries
+    │       ├── Throttled                      the store asks for fewer requests
+    │       └── Unreachable                    nobody there: no such host, no listener, no TLS
     ├── DeadlineExceeded (TimeoutError)        a public call did not end by its deadline
     ├── CorruptionError (OSError)
     │   ├── CorruptBlock                       bytes differ from their checksum, at the origin
@@ -129,6 +131,14 @@ class StoreFull(StoreError):
 
 class StoreUnavailable(StoreError, ConnectionError):
     """No usable answer from the store after all retries."""
+
+
+class Throttled(StoreUnavailable):
+    """The store asks for fewer requests (429, 503)."""
+
+
+class Unreachable(StoreUnavailable):
+    """Nobody is there: the name does not resolve, nobody listens, or TLS fails."""
 
 
 class DeadlineExceeded(StokerError, TimeoutError):

@@ -40,7 +40,8 @@ def _threads() -> set[threading.Thread]:
 def _shared_memory() -> set[str]:
     directory = Path(os.environ["STOKER_SHM_DIR"])
     found = (path for path in directory.rglob("*") if not path.is_dir() and path.name not in _KEPT_NAMES)
-    return {str(path) for path in found if not _is_arena_of_another(path)}
+    # The node's limits of requests are there for the next process, as the caches are.
+    return {str(path) for path in found if not _is_arena_of_another(path) and path.parent.name != "limits"}
 
 
 def _is_arena_of_another(path: Path) -> bool:

@@ -4,6 +4,16 @@ Importing this package pulls neither torch nor pyarrow.
 """
 
 from .cache import Block, CacheStats, TieredCache
+from .network import NetworkPolicy
 from .store import ObjectInfo, ObjectStore, ObjectWriter, open_store
 
-__all__ = ["Block", "CacheStats", "ObjectInfo", "ObjectStore", "ObjectWriter", "TieredCache", "open_store"]
+__all__ = [
+    "Block",
+    "CacheStats",
+    "NetworkPolicy",
+    "ObjectInfo",
+    "ObjectStore",
+    "ObjectWriter",
+    "TieredCache",
+    "open_store",
+]

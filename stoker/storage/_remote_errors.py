@@ -12,15 +12,21 @@ from ..errors import (
     StoreError,
     StoreFull,
     StoreUnavailable,
+    Throttled,
+    Unreachable,
     UnsafeName,
     UnsupportedError,
 )
 
-__all__ = ["RangeNotSatisfiable", "typed_error"]
+__all__ = ["RangeNotSatisfiable", "WrongRange", "typed_error"]
 
 
 class RangeNotSatisfiable(StoreError):
     """416: the range begins at or behind the object's end."""
+
+
+class WrongRange(ObjectChanged):
+    """Other bytes than were asked for: of a replaced object, or a mistake on the way."""
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -37,15 +43,14 @@ _ACCESS_HINTS = {
     "ExpiredToken": "the session token has expired: get a new one",
     "RequestTimeTooSkewed": "this machine's clock is wrong",
 }
-_NETWORK_REASONS = (
+_UNREACHABLE = (
     ("dns error", "the endpoint's name does not resolve"),
     ("Connection refused", "nobody listens there"),
     ("InvalidContentType", "the endpoint does not speak TLS"),
     ("certificate", "the endpoint's certificate is not trusted"),
-    ("TimedOut", "timed out"),
-    ("operation timed out", "timed out"),
     ("BadScheme", "https only"),
 )
+_TIMED_OUT = ("TimedOut", "operation timed out")
 
 
 def typed_error(error: Exception, place: str, root: str) -> Exception:
@@ -78,7 +83,7 @@ def typed_error(error: Exception, place: str, root: str) -> Exception:
     if status == 416:
         return RangeNotSatisfiable("range behind the end", place=place)
     if "UnexpectedRange" in text:
-        return ObjectChanged("the store must send the bytes that were asked for, not others", place=place)
+        return WrongRange("the store must send the bytes that were asked for, not others", place=place)
     if status in (401, 403) or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return AccessDenied("the store must accept the credentials", value=answer, place=place, hint=_access_hint(code))
     if status == 507 or code in _FULL:
@@ -87,11 +92,16 @@ def typed_error(error: Exception, place: str, root: str) -> Exception:
         return ConfigError("the bucket must be in the region that is asked", value=answer, place=root, hint="region=")
     if status == 404:
         return KeyNotFound("no such object", place=place)
-    if status == 429 or status >= 500:
-        return StoreUnavailable("the store must answer", value=f"{answer} after all retries", place=place)
+    if status in (429, 503):
+        return Throttled("the store must answer", value=answer, place=place)
+    if status >= 500:
+        return StoreUnavailable("the store must answer", value=answer, place=place)
     if status:
         return StoreError("the store must do what it is asked", value=answer, place=place)
-    reason = next((reason for mark, reason in _NETWORK_REASONS if mark in text), "no usable answer")
+    for mark, reason in _UNREACHABLE:
+        if mark in text:
+            return Unreachable("the store must answer", value=reason, place=place)
+    reason = "timed out" if any(mark in text for mark in _TIMED_OUT) else "no usable answer"
     return StoreUnavailable("the store must answer", value=reason, place=place)
 
 

@@ -6,20 +6,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, MissingExtra, UnsafeName
+from .network import NetworkPolicy
 from .store import redact_url
 
-__all__ = ["Config", "make_client", "obstore", "parse"]
+__all__ = ["ClientKind", "Config", "make_client", "obstore", "parse"]
 
-_CLIENT_OPTIONS: dict[str, Any] = {"connect_timeout": "5s", "timeout": "30s"}
-RETRIES: dict[str, Any] = {
+ClientKind = Literal["read", "spare", "write", "bulk"]
+"""``spare`` has connections of its own, for second requests. Only ``bulk`` retries by itself: the parts of uploads and
+the pages of listings, which no caller sees."""
+
+_RETRIES: dict[str, Any] = {
     "max_retries": 10,
     "retry_timeout": timedelta(seconds=60),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+_LONGEST_REQUEST_S = 300.0
+"""For a request that its caller has left: the end of the thread that waits for it."""
 
 _HTTP = ("http", "https")
 _AZURE = ("az", "abfs", "abfss")
@@ -148,19 +154,27 @@ def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...], place: str
             raise ConfigError(f"no such {what}", value=name, place=place, hint=f"there are {', '.join(sorted(known))}")
 
 
-def make_client(scheme: str, place: str, bucket: str, prefix: str, config: Config) -> Any:
+def make_client(
+    scheme: str, place: str, bucket: str, prefix: str, config: Config, *, kind: ClientKind, policy: NetworkPolicy
+) -> Any:
     # Also where the process was forked: constructing a client starts nothing.
     obstore()
     from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
-    client_options = dict(_CLIENT_OPTIONS)
+    client_options: dict[str, Any] = {"connect_timeout": timedelta(seconds=policy.connect_timeout_s)}
+    if kind in ("read", "spare"):
+        # Counted from the start of a request, so it would cut long uploads.
+        client_options["read_timeout"] = timedelta(seconds=policy.stall_timeout_s)
+    longest_s = policy.attempt_timeout_s if kind == "bulk" else _LONGEST_REQUEST_S
+    client_options["timeout"] = timedelta(seconds=longest_s)
     endpoint_url = (config.endpoint_url or "").rstrip("/")
     if endpoint_url.startswith("http://"):
         client_options["allow_http"] = True
     if config.headers:
         client_options["default_headers"] = dict(config.headers)
     native: Any = dict(config.native)
-    common: dict[str, Any] = {"client_options": client_options, "retry_config": RETRIES}
+    retries = _RETRIES if kind == "bulk" else {**_RETRIES, "max_retries": 0}
+    common: dict[str, Any] = {"client_options": client_options, "retry_config": retries}
     try:
         if scheme in _HTTP:
             return HTTPStore(f"{endpoint_url}/{prefix}", **common)

@@ -3,15 +3,21 @@
 obstore's runtime does not survive a fork: once a process has used it, any use in a forked child hangs for ever, even
 with a new client. So every request first compares process ids and raises instead.
 
-A byte range is asked for with the version that the caller knows (``If-Match``), and what comes back is compared with
-what was asked for: version, place and length. Checksums are the caller's: no client checks the content of a range.
+Reads are ranged GETs of at most 8 MiB, several at once for more. A range is asked for with the version that the caller
+knows or that the first reply had (``If-Match``), and what comes back is compared with what was asked for: version, place
+and length. Checksums are the caller's: no client checks the content of a range.
+
+Every request goes through the policy of :mod:`stoker.storage.network`, but for what no caller sees: the parts of uploads
+and the pages of listings, which obstore repeats by itself.
 """
 
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -22,14 +28,16 @@ from ..errors import (
     StokerError,
     StoreError,
     StoreUnavailable,
+    Throttled,
     UnsupportedError,
 )
 from ..metrics import counters
 from ._coverage import Coverage
 from ._listing import in_lexical_order, lowest_offset
-from ._remote_errors import RangeNotSatisfiable, typed_error
-from ._remote_options import make_client, obstore, parse
+from ._remote_errors import RangeNotSatisfiable, WrongRange, typed_error
+from ._remote_options import ClientKind, make_client, obstore, parse
 from ._units import Buffer
+from .network import Attempt, NetworkPolicy, use_network
 from .store import ObjectInfo, ObjectStore, ObjectWriter, check_range, is_key, safe_key
 
 __all__ = ["RemoteStore"]
@@ -42,6 +50,9 @@ _PART_BYTES = 8 * 2**20
 _MAX_PARTS = 10_000  # of one upload, S3's limit: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 _PARTS_IN_FLIGHT = 8
 _SINGLE_PUT_BYTES = 32 * 2**20
+_RANGES_AT_ONCE = 8
+_RANGE_BYTES = 8 * 2**20
+"""One GET. AWS advises 8 to 16 MiB; of one size, so that a late one shows."""
 _PAGE_KEYS = 1000  # of one LIST request, everywhere
 
 _runtime_pid: int | None = None
@@ -61,22 +72,27 @@ class RemoteStore(ObjectStore):
     ``http https``                  ``headers``; read-only, without listing
     ==============================  ===================================================================================
 
-    Unencrypted HTTP is used only where the endpoint's URL begins with ``http://``. A request may take 30 s (5 s of it
-    to connect) and is retried for up to 60 s.
+    Unencrypted HTTP is used only where the endpoint's URL begins with ``http://``. Time-outs, retries and how many
+    requests are under way at once are those of `network`.
 
     Raises:
         ConfigError: an option that the scheme does not have, or a URL without a bucket, with credentials or a query.
         MissingExtra: obstore is not installed.
     """
 
-    def __init__(self, url: str, **storage_options: Any) -> None:
-        self._given = (url, storage_options)
-        self._scheme, self._bucket, self._prefix, config = parse(url, storage_options)
+    def __init__(self, url: str, *, network: NetworkPolicy | None = None, **storage_options: Any) -> None:
+        self._given = (url, storage_options | ({} if network is None else {"network": network}))
+        self._scheme, self._bucket, self._prefix, self._config = parse(url, storage_options)
         place = f"{self._scheme}://{self._bucket}/{self._prefix}".rstrip("/")
         super().__init__(place)
         self._pid = os.getpid()
         self._read_only = self._scheme in ("http", "https")
-        self._client = make_client(self._scheme, place, self._bucket, self._prefix, config)
+        self._policy = network or NetworkPolicy()
+        self._clients: dict[ClientKind, Any] = {}
+        self._client_of("bulk")  # a mistake in the options is told now
+        endpoint = self._config.endpoint_url or self._scheme
+        self._network, leave = use_network(f"{endpoint} {self._bucket}", self._policy)
+        self._leave_network = weakref.finalize(self, leave)
         self._bucket_seen = False
         self._create_lock = threading.Lock()
         self._creates_exclusively: bool | None = None
@@ -85,39 +101,102 @@ class RemoteStore(ObjectStore):
         # To the worker of a data loader, over a pipe; never to a file.
         return (_reopen, self._given)
 
+    @property
+    def client(self) -> Any:
+        """The obstore client, for whole files: it repeats requests by itself, and knows nothing of the policy."""
+        self._refuse_after_fork()
+        return self._client_of("bulk")
+
+    def _client_of(self, kind: ClientKind) -> Any:
+        client = self._clients.get(kind)
+        if client is None:
+            place = (self._scheme, self.url, self._bucket, self._prefix)
+            client = self._clients[kind] = make_client(*place, self._config, kind=kind, policy=self._policy)
+        return client
+
     def get(self, key: str, start: int = 0, end: int | None = None, *, version: str | None = None) -> memoryview:
         check_range(start, end, self.place(safe_key(key)))
         if end == start:
             return self._empty_range(key, start, version)
-        options: dict[str, Any] = {}
-        if end is not None:
-            options["range"] = (start, end)
-        elif start:
-            options["range"] = {"offset": start}
+        if end is None:
+            return self._get_to_end(key, start, version)
+        if end - start <= _RANGE_BYTES:
+            return self._get_range(key, start, end, version)[1]
+        buffer = memoryview(bytearray(end - start))
+        self.get_into(key, buffer, start, version=version)
+        return buffer.toreadonly()
+
+    def get_into(self, key: str, buffer: memoryview, start: int = 0, *, version: str | None = None) -> None:
+        check_range(start, None, self.place(safe_key(key)))
+        if not len(buffer):
+            self._empty_range(key, start, version)
+            return
+        end = start + min(len(buffer), _RANGE_BYTES)
+        info, data = self._get_range(key, start, end, version)
+        buffer[: len(data)] = data
+        self._get_rest(key, buffer, start, len(data), info.version)
+
+    def _get_to_end(self, key: str, start: int, version: str | None) -> memoryview:
+        # Servers of plain HTTP may know no ranges, which whole objects don't need.
+        end = None if self._read_only and not start else start + _RANGE_BYTES
+        try:
+            info, data = self._get_range(key, start, end, version, clamped=True)
+        except RangeNotSatisfiable:  # from the very end on there is nothing, which is no error
+            return self._empty_range(key, start, version)
+        if start + len(data) == info.size:
+            return data
+        buffer = memoryview(bytearray(info.size - start))
+        buffer[: len(data)] = data
+        self._get_rest(key, buffer, start, len(data), info.version)
+        return buffer.toreadonly()
+
+    def _get_rest(self, key: str, buffer: memoryview, start: int, done: int, version: str) -> None:
+        """Fill ``buffer[done:]``, several ranges at once, all of one version."""
+
+        def fetch(first: int) -> None:
+            part = buffer[first : first + _RANGE_BYTES]
+            part[:] = self._get_range(key, start + first, start + first + len(part), version)[1]
+
+        firsts = range(done, len(buffer), _RANGE_BYTES)
+
+        def lane(number: int) -> None:
+            for first in firsts[number::_RANGES_AT_ONCE]:
+                fetch(first)
+
+        self._network.map([partial(lane, number) for number in range(min(_RANGES_AT_ONCE, len(firsts)))])
+
+    def _get_range(
+        self, key: str, start: int, end: int | None, version: str | None, *, clamped: bool = False
+    ) -> tuple[ObjectInfo, memoryview]:
+        """One GET of ``[start, end)``, of what there is of it if `clamped`."""
+        options: dict[str, Any] = {} if end is None else {"range": (start, end)}
         # A weak tag never matches If-Match (RFC 9110, 8.8.3.2); it is compared with the reply's below.
         if version is not None and version.startswith('"'):
             options["if_match"] = version
 
-        def fetch() -> tuple[ObjectInfo, tuple[int, int], memoryview]:
-            result = obstore().get(self._client, key, options=options)
-            return _info(key, result.meta), result.range, memoryview(result.bytes())
+        def send(second: bool) -> tuple[ObjectInfo, tuple[int, int], memoryview]:
+            result = obstore().get(self._client_of("spare" if second else "read"), key, options=options)
+            data = memoryview(result.bytes())
+            counters.add("store.get.bytes", len(data))
+            return _info(key, result.meta), result.range, data
 
-        try:
-            info, place, data = self._request("get", key, fetch)
-        except RangeNotSatisfiable:
-            if end is None:  # from the very end on there is nothing, which is no error
-                return self._empty_range(key, start, version)
-            raise self._too_short(key, start, end) from None
-        counters.add("store.get.bytes", len(data))
+        for attempts_left in (1, 0):
+            try:
+                info, place, data = self._request("get", key, send, size=0 if end is None else end - start, hedge=True)
+                break
+            except RangeNotSatisfiable:
+                if clamped:
+                    raise
+                raise self._too_short(key, start, start if end is None else end) from None
+            except WrongRange:  # a mistake on the way is not made twice
+                if not attempts_left:
+                    raise
         if version is not None and info.version != version:
             raise self._changed(key, version, info.version)
-        stop = info.size if end is None else end
+        stop = info.size if end is None else min(end, info.size) if clamped else end
         if place != (start, stop) or len(data) != stop - start:
             raise self._too_short(key, start, stop)
-        return data
-
-    def get_into(self, key: str, buffer: memoryview, start: int = 0, *, version: str | None = None) -> None:
-        buffer[:] = self.get(key, start, start + len(buffer), version=version)
+        return info, data
 
     def _empty_range(self, key: str, start: int, version: str | None) -> memoryview:
         info = self.head(key)
@@ -143,10 +222,11 @@ class RemoteStore(ObjectStore):
     def create(self, key: str, data: Buffer) -> ObjectInfo:
         self._writable(key)
         self._require_exclusive_create()
+        view = memoryview(data).cast("B")
         # 409 means that another creator is at work and may still fail: then the name is free and we try again.
         for _ in range(5):
             try:
-                return self._put(key, memoryview(data).cast("B"), "create")
+                return self._put(key, view, "create")
             except AlreadyExists:
                 if self.exists(key):
                     raise
@@ -154,24 +234,54 @@ class RemoteStore(ObjectStore):
 
     def _put(self, key: str, data: memoryview, mode: str | None) -> ObjectInfo:
         self._writable(safe_key(key))
-        reply = self._request("put", key, lambda: self._send(key, data, mode))
-        counters.add("store.put.bytes", len(data))
+        if mode is None and len(data) > _SINGLE_PUT_BYTES:
+            counters.add("store.put.requests", 2 + -(-len(data) // _part_bytes(len(data))))
+            reply = self._guarded(key, lambda: self._send_parts(key, data))
+        else:
+            reply = self._put_at_once(key, data, mode)
         version = reply["e_tag"]
         return (
             ObjectInfo(key=key, size=len(data), version=version, modified_s=time.time()) if version else self.head(key)
         )
 
-    def _send(self, key: str, data: memoryview, mode: str | None) -> Mapping[str, Any]:
+    def _send_parts(self, key: str, data: memoryview) -> Mapping[str, Any]:
+        part_bytes = _part_bytes(len(data))
         reply: Mapping[str, Any] = obstore().put(
-            self._client,
-            key,
-            data,
-            mode=mode,
-            use_multipart=mode is None and len(data) > _SINGLE_PUT_BYTES,
-            chunk_size=_part_bytes(len(data)),
-            max_concurrency=_PARTS_IN_FLIGHT,
+            self.client, key, data, use_multipart=True, chunk_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT
         )
+        counters.add("store.put.bytes", len(data))
         return reply
+
+    def _put_at_once(self, key: str, data: memoryview, mode: str | None) -> Mapping[str, Any]:
+        # A request that its deadline cuts off may go on sending when we have returned.
+        kept = data if data.readonly else bytes(data)
+        unknown = 0
+
+        def send(second: bool) -> Mapping[str, Any]:
+            nonlocal unknown
+            unknown += 1
+            try:
+                with self._translated(key):
+                    client = self._client_of("write")
+                    reply: Mapping[str, Any] = obstore().put(client, key, kept, mode=mode, use_multipart=False)
+            except (Throttled, AlreadyExists):
+                unknown -= 1  # refused, so it was not done
+                raise
+            counters.add("store.put.bytes", len(data))
+            return reply
+
+        try:
+            return self._request("put", key, send, size=len(data))
+        except AlreadyExists:
+            # An earlier request of this call may have made it, and its reply was lost.
+            if unknown and self._holds(key, data):
+                return {"e_tag": None}
+            raise
+
+    def _holds(self, key: str, data: memoryview) -> bool:
+        with suppress(KeyNotFound, ObjectChanged):
+            return self.get(key) == data
+        return False
 
     def _require_exclusive_create(self) -> None:
         """Prove once that the endpoint refuses a second creator: some accept the condition and ignore it."""
@@ -182,7 +292,7 @@ class RemoteStore(ObjectStore):
                 try:
                     for _ in range(2):
                         try:
-                            self._request("put", scratch, lambda: self._send(scratch, memoryview(b"probe"), "create"))
+                            self._put_at_once(scratch, memoryview(b"probe"), "create")
                         except AlreadyExists:
                             refused = True
                 finally:
@@ -203,7 +313,11 @@ class RemoteStore(ObjectStore):
 
     def head(self, key: str) -> ObjectInfo:
         safe_key(key)
-        return self._request("head", key, lambda: _info(key, obstore().head(self._client, key)))
+
+        def send(second: bool) -> ObjectInfo:
+            return _info(key, obstore().head(self._client_of("spare" if second else "read"), key))
+
+        return self._request("head", key, send, hedge=True)
 
     def list(self, prefix: str = "", *, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         if self._read_only:
@@ -227,13 +341,19 @@ class RemoteStore(ObjectStore):
 
     def _pages(self, folder: str, lowest: str) -> Iterator[ObjectInfo]:
         def begin() -> Iterator[Any]:
-            stream = obstore().list(self._client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS)
+            stream = obstore().list(self.client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS)
             return iter(stream)
 
         pages = self._guarded(folder, begin)
-        while (page := self._request("list", folder, lambda: next(pages, None))) is not None:
+        while (page := self._page(folder, pages)) is not None:
             for meta in page:
                 yield _info(meta["path"], meta)
+
+    def _page(self, folder: str, pages: Iterator[Any]) -> Any:
+        counters.add("store.list.requests")
+        page = self._guarded(folder, lambda: next(pages, None))
+        self._bucket_seen = True
+        return page
 
     def delete(self, key: str) -> None:
         self._writable(safe_key(key))
@@ -241,17 +361,29 @@ class RemoteStore(ObjectStore):
 
     def _remove(self, key: str) -> None:
         with suppress(KeyNotFound):
-            self._request("delete", key, lambda: obstore().delete(self._client, key))
+            self._request("delete", key, lambda second: obstore().delete(self._client_of("write"), key))
+
+    def close(self) -> None:
+        self._leave_network()
+        self._clients.clear()
 
     def _writable(self, key: str) -> None:
         if self._read_only:
             raise UnsupportedError("an http(s) URL is read-only", place=self.place(key), hint="write to its bucket")
 
-    def _request(self, verb: str, key: str, call: Callable[[], T]) -> T:
-        """`call`, counted, with its errors translated. One request, if obstore has nothing to retry."""
-        counters.add(f"store.{verb}.requests")
+    def _request(self, verb: str, key: str, send: Callable[[bool], T], *, size: int = 0, hedge: bool = False) -> T:
+        """`send` by the policy, counted, with its errors translated."""
+        global _runtime_pid
+        self._refuse_after_fork()
+        _runtime_pid = self._pid
+
+        def once(second: bool) -> T:
+            counters.add(f"store.{verb}.requests")
+            with self._translated(key):
+                return send(second)
+
         try:
-            result = self._guarded(key, call)
+            result = self._network.call(Attempt(send=once, place=self.place(key), size=size, hedge=hedge))
         except KeyNotFound:
             if not self._bucket_seen:  # a bare 404, to HEAD, does not say what is missing
                 self._require_bucket()
@@ -260,6 +392,7 @@ class RemoteStore(ObjectStore):
         return result
 
     def _guarded(self, key: str, call: Callable[[], T]) -> T:
+        """`call` on this thread, without the policy, with its errors translated."""
         global _runtime_pid
         self._refuse_after_fork()
         _runtime_pid = self._pid
@@ -270,10 +403,11 @@ class RemoteStore(ObjectStore):
     def _translated(self, key: str) -> Iterator[None]:
         try:
             yield
-        except StokerError:
-            raise
         except Exception as error:  # noqa: BLE001 - whatever the client raises; its text may hold bodies and dumps
-            raise typed_error(error, self.place(key), self.url) from None
+            raise self._typed(error, key) from None
+
+    def _typed(self, error: Exception, key: str) -> Exception:
+        return error if isinstance(error, StokerError) else typed_error(error, self.place(key), self.url)
 
     def _refuse_after_fork(self) -> None:
         pid = os.getpid()
@@ -289,7 +423,7 @@ class RemoteStore(ObjectStore):
         if self._read_only:
             return
         counters.add("store.list.requests")
-        self._guarded("", lambda: next(iter(obstore().list(self._client, chunk_size=1)), None))
+        self._guarded("", lambda: next(iter(obstore().list(self.client, chunk_size=1)), None))
         self._bucket_seen = True
 
 
@@ -311,7 +445,7 @@ class RemoteWriter(ObjectWriter):
         self._requests = 1 if size_bytes < part_bytes else 2 + -(-size_bytes // part_bytes)
         self._file: Any = store._guarded(
             key,
-            lambda: obstore().open_writer(store._client, key, buffer_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT),
+            lambda: obstore().open_writer(store.client, key, buffer_size=part_bytes, max_concurrency=_PARTS_IN_FLIGHT),
         )
 
     def write_at(self, offset: int, data: Buffer) -> None:
@@ -355,8 +489,8 @@ class RemoteWriter(ObjectWriter):
             self._coverage.require_complete()
             # From here on the object may appear, whatever we hear: there is nothing left to abort.
             self._done = True
-        self._store._request("put", self._key, self._file.close)
-        counters.add("store.put.requests", self._requests - 1)
+        self._store._guarded(self._key, self._file.close)
+        counters.add("store.put.requests", self._requests)
         counters.add("store.put.bytes", self._size_bytes)
         info = self._store.head(self._key)
         if info.size != self._size_bytes:

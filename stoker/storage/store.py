@@ -233,6 +233,8 @@ def open_store(url: str | Path, **storage_options: Any) -> ObjectStore:
     any other fsspec URL         its fsspec file system, which gets `storage_options` as they are
     ===========================  ===============================================================================
 
+    Those of the second line also take ``network=NetworkPolicy(...)``: time-outs, retries, requests at once.
+
     Raises:
         ConfigError: an unknown option, or a URL without a bucket.
         MissingExtra: the library for that protocol is not installed.

@@ -26,7 +26,8 @@ from stoker.errors import (
     UnsupportedError,
 )
 from stoker.metrics import counters
-from stoker.storage import ObjectInfo, ObjectStore, _listing, _remote_options, open_store
+from stoker.storage import ObjectInfo, ObjectStore, _listing, _remote_options, open_store, remote
+from stoker.storage.network import NetworkPolicy
 from stoker.storage.remote import RemoteStore
 from stoker.testing import S3Server
 
@@ -41,8 +42,9 @@ def store(s3_server: S3Server) -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One retry, for what is going to fail."""
-    monkeypatch.setitem(_remote_options.RETRIES, "max_retries", 1)
+    """Short patience, for what is going to fail."""
+    monkeypatch.setitem(_remote_options._RETRIES, "max_retries", 1)
+    monkeypatch.setattr(remote, "NetworkPolicy", lambda: NetworkPolicy(timeout_s=1.0))
 
 
 def requests(store: ObjectStore) -> list[Callable[[], object]]:
@@ -269,7 +271,7 @@ def test_probing_for_exclusive_creation_happens_once_and_leaves_nothing(s3_serve
         assert counters.since(before)["store.put.requests"] == 1
         import obstore
 
-        assert [meta["path"] for meta in obstore.list(store._client).collect()] == ["one", "two"]
+        assert [meta["path"] for meta in obstore.list(store.client).collect()] == ["one", "two"]
 
 
 # --- servers that break their word ----------------------------------------------------------------------------------
