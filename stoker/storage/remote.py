@@ -1,7 +1,8 @@
 """Objects in S3, Google Cloud Storage, Azure Blob Storage and behind plain HTTP, through obstore (Rust).
 
 obstore's runtime does not survive a fork: once a process has used it, any use in a forked child hangs for ever, even
-with a new client. So every request first compares process ids and raises instead.
+with a new client. So every call first compares process ids, and goes through a helper process after a fork
+(:mod:`stoker.storage.fetch`).
 
 Reads are ranged GETs of at most 8 MiB, several at once for more. A range is asked for with the version that the caller
 knows or that the first reply had (``If-Match``), and what comes back is compared with what was asked for: version, place
@@ -37,6 +38,7 @@ from ._listing import in_lexical_order, lowest_offset
 from ._remote_errors import RangeNotSatisfiable, WrongRange, typed_error
 from ._remote_options import ClientKind, make_client, obstore, parse
 from ._units import Buffer
+from .fetch import FetchedStore
 from .network import Attempt, NetworkPolicy, use_network
 from .store import ObjectInfo, ObjectStore, ObjectWriter, check_range, is_key, safe_key
 
@@ -116,6 +118,8 @@ class RemoteStore(ObjectStore):
 
     def get(self, key: str, start: int = 0, end: int | None = None, *, version: str | None = None) -> memoryview:
         check_range(start, end, self.place(safe_key(key)))
+        if other := self._after_fork():
+            return other.get(key, start, end, version=version)
         if end == start:
             return self._empty_range(key, start, version)
         if end is None:
@@ -128,6 +132,9 @@ class RemoteStore(ObjectStore):
 
     def get_into(self, key: str, buffer: memoryview, start: int = 0, *, version: str | None = None) -> None:
         check_range(start, None, self.place(safe_key(key)))
+        if other := self._after_fork():
+            other.get_into(key, buffer, start, version=version)
+            return
         if not len(buffer):
             self._empty_range(key, start, version)
             return
@@ -217,9 +224,13 @@ class RemoteStore(ObjectStore):
         )
 
     def put(self, key: str, data: Buffer) -> ObjectInfo:
+        if other := self._after_fork():
+            return other.put(key, data)
         return self._put(key, memoryview(data).cast("B"), None)
 
     def create(self, key: str, data: Buffer) -> ObjectInfo:
+        if other := self._after_fork():
+            return other.create(key, data)
         self._writable(key)
         self._require_exclusive_create()
         view = memoryview(data).cast("B")
@@ -307,12 +318,16 @@ class RemoteStore(ObjectStore):
                     hint="use a store with conditional writes: AWS S3, GCS, Azure, MinIO, SeaweedFS",
                 )
 
-    def open_writer(self, key: str, size_bytes: int) -> "RemoteWriter":
+    def open_writer(self, key: str, size_bytes: int) -> ObjectWriter:
+        if other := self._after_fork():
+            return other.open_writer(key, size_bytes)
         self._writable(safe_key(key))
         return RemoteWriter(self, key, size_bytes)
 
     def head(self, key: str) -> ObjectInfo:
         safe_key(key)
+        if other := self._after_fork():
+            return other.head(key)
 
         def send(second: bool) -> ObjectInfo:
             return _info(key, obstore().head(self._client_of("spare" if second else "read"), key))
@@ -322,6 +337,8 @@ class RemoteStore(ObjectStore):
     def list(self, prefix: str = "", *, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         if self._read_only:
             raise UnsupportedError("an http(s) URL can't be listed", place=self.url)
+        if other := self._after_fork():
+            return other.list(prefix, start_after=start_after, limit=limit)
         folder = prefix.rpartition("/")[0]
         if folder:
             safe_key(folder)
@@ -356,6 +373,9 @@ class RemoteStore(ObjectStore):
         return page
 
     def delete(self, key: str) -> None:
+        if other := self._after_fork():
+            other.delete(key)
+            return
         self._writable(safe_key(key))
         self._remove(key)
 
@@ -409,14 +429,21 @@ class RemoteStore(ObjectStore):
     def _typed(self, error: Exception, key: str) -> Exception:
         return error if isinstance(error, StokerError) else typed_error(error, self.place(key), self.url)
 
-    def _refuse_after_fork(self) -> None:
+    def _is_forked(self) -> bool:
         pid = os.getpid()
-        if pid != self._pid or _runtime_pid not in (None, pid):
+        return pid != self._pid or _runtime_pid not in (None, pid)
+
+    def _after_fork(self) -> FetchedStore | None:
+        """The store that does it instead, where this one would hang."""
+        return FetchedStore(*self._given, shown_url=self.url) if self._is_forked() else None
+
+    def _refuse_after_fork(self) -> None:
+        if self._is_forked():
             raise UnsupportedError(
-                "an object store client can't be used after a fork: it would hang",
-                value=f"process {pid}, forked from one that used it",
+                "what a process began with an object store can't be finished by a forked child",
+                value=f"process {os.getpid()}",
                 place=self.url,
-                hint='start the processes with "spawn" or "forkserver", or fetch in the parent',
+                hint='start the process with "spawn" or "forkserver"',
             )
 
     def _require_bucket(self) -> None:

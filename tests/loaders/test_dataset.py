@@ -494,6 +494,21 @@ def test_a_remote_set_written_in_place_reads_as_the_local_one(
         assert node_cache.stats().misses == remote.manifest.blocks
 
 
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_workers_read_cold_blocks_of_a_remote_set_that_their_parent_has_read(
+    s3_server: S3Server, node_cache: TieredCache, tmp_path: Path, start: str
+) -> None:
+    documents = random_documents(500)
+    url = s3_server.url("stoker", f"workers/{tmp_path.name}")
+    write_set(url, documents, storage_options=s3_server.storage_options)
+    with TokenDataset(url, seq_len=64, cache=node_cache, storage_options=s3_server.storage_options) as dataset:
+        dataset[0]  # from here on a forked child can't use the client itself
+        assert node_cache.stats().misses < dataset.manifest.blocks
+        loader = DataLoader(dataset, batch_size=8, num_workers=2, multiprocessing_context=start)
+        batches = list(loader)
+    assert (torch.cat([b["input_ids"] for b in batches]).numpy() == windows(stream_of(documents), 64)[0]).all()
+
+
 def test_samples_of_one_block_fetch_one_block(uploaded: Uploaded, node_cache: TieredCache, small: Path) -> None:
     url, options = uploaded(small)
     with TokenDataset(url, seq_len=8, cache=node_cache, **options) as dataset:

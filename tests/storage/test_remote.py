@@ -2,8 +2,6 @@
 
 import http.server
 import os
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -395,55 +393,6 @@ def test_an_endpoint_that_ignores_the_condition_of_create_is_refused_by_name() -
                 store.create("log/0", b"1")
             assert "refuse to create an object twice" in str(caught.value) and "s3://bucket/x" in str(caught.value)
         store.put("log/0", b"1")  # what needs no promise goes on
-
-
-# --- forks ----------------------------------------------------------------------------------------------------------
-
-FORK = """
-import os, sys
-from stoker.errors import UnsupportedError
-from stoker.storage import open_store
-url, when = sys.argv[1:3]
-store = open_store(url)
-if when != "before":
-    store.put("object", b"of the parent")
-pid = os.fork()
-if not pid:
-    try:
-        mine = store if when == "inherited" else open_store(url)
-        if when == "before":
-            mine.put("object", b"of the child")
-            os._exit(0)
-        for call in (lambda: mine.get("object"), lambda: mine.put("object", b"1"), lambda: list(mine.list())):
-            try:
-                call()
-            except UnsupportedError as error:
-                assert "after a fork" in str(error) and "spawn" in str(error)
-            else:
-                os._exit(2)
-        os._exit(0)
-    finally:
-        os._exit(1)
-status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-print(status, bytes(store.get("object")).decode())
-"""
-
-
-@pytest.mark.parametrize(
-    ("when", "result"),
-    [("inherited", "0 of the parent"), ("its own", "0 of the parent"), ("before", "0 of the child")],
-)
-def test_after_a_fork_a_used_client_raises_and_does_not_hang(s3_server: S3Server, when: str, result: str) -> None:
-    url = s3_server.url("stoker", uuid.uuid4().hex)
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, url, when],
-        env={**os.environ, **s3_server.env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.stdout.strip() == result, done.stderr
 
 
 # --- order of listings ----------------------------------------------------------------------------------------------
