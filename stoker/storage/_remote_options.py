@@ -16,12 +16,11 @@ from .store import redact_url
 __all__ = ["ClientKind", "Config", "make_client", "obstore", "parse"]
 
 ClientKind = Literal["read", "spare", "write", "bulk"]
-"""``spare`` has connections of its own, for second requests. Only ``bulk`` retries by itself: the parts of uploads and
-the pages of listings, which no caller sees."""
+"""``spare`` has connections of its own, for second requests. Only ``bulk`` retries by itself: the parts of uploads, which
+no caller sees."""
 
 _RETRIES: dict[str, Any] = {
     "max_retries": 10,
-    "retry_timeout": timedelta(seconds=60),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 _LONGEST_REQUEST_S = 300.0
@@ -173,7 +172,9 @@ def make_client(
     if config.headers:
         client_options["default_headers"] = dict(config.headers)
     native: Any = dict(config.native)
-    retries = _RETRIES if kind == "bulk" else {**_RETRIES, "max_retries": 0}
+    retries = {**_RETRIES, "retry_timeout": timedelta(seconds=policy.timeout_s)}
+    if kind != "bulk":
+        retries["max_retries"] = 0
     common: dict[str, Any] = {"client_options": client_options, "retry_config": retries}
     try:
         if scheme in _HTTP:

@@ -8,8 +8,8 @@ Reads are ranged GETs of at most 8 MiB, several at once for more. A range is ask
 knows or that the first reply had (``If-Match``), and what comes back is compared with what was asked for: version, place
 and length. Checksums are the caller's: no client checks the content of a range.
 
-Every request goes through the policy of :mod:`stoker.storage.network`, but for what no caller sees: the parts of uploads
-and the pages of listings, which obstore repeats by itself.
+Every request goes through the policy of :mod:`stoker.storage.network`, but for the parts of multipart uploads, which obstore
+repeats by itself.
 """
 
 import os
@@ -185,7 +185,9 @@ class RemoteStore(ObjectStore):
             result = obstore().get(self._client_of("spare" if second else "read"), key, options=options)
             data = memoryview(result.bytes())
             counters.add("store.get.bytes", len(data))
-            return _info(key, result.meta), result.range, data
+            if len(data) != result.range[1] - result.range[0]:
+                raise StoreUnavailable("a reply must be whole", value=f"{len(data)} bytes", place=self.place(key))
+            return self._info_of(key, result.meta), result.range, data
 
         for attempts_left in (1, 0):
             try:
@@ -195,7 +197,7 @@ class RemoteStore(ObjectStore):
                 if clamped:
                     raise
                 raise self._too_short(key, start, start if end is None else end) from None
-            except WrongRange:  # a mistake on the way is not made twice
+            except (WrongRange, UnsupportedError):  # a mistake on the way is not made twice
                 if not attempts_left:
                     raise
         if version is not None and info.version != version:
@@ -204,6 +206,12 @@ class RemoteStore(ObjectStore):
         if place != (start, stop) or len(data) != stop - start:
             raise self._too_short(key, start, stop)
         return info, data
+
+    def _info_of(self, key: str, meta: Mapping[str, Any]) -> ObjectInfo:
+        """What the reply to a GET or HEAD says; object stores always send a tag, and what stands between does not."""
+        if not meta["e_tag"] and not self._read_only:
+            raise StoreUnavailable("a reply must name the object's version", place=self.place(key))
+        return _info(key, meta)
 
     def _empty_range(self, key: str, start: int, version: str | None) -> memoryview:
         info = self.head(key)
@@ -330,7 +338,7 @@ class RemoteStore(ObjectStore):
             return other.head(key)
 
         def send(second: bool) -> ObjectInfo:
-            return _info(key, obstore().head(self._client_of("spare" if second else "read"), key))
+            return self._info_of(key, obstore().head(self._client_of("spare" if second else "read"), key))
 
         return self._request("head", key, send, hedge=True)
 
@@ -357,20 +365,38 @@ class RemoteStore(ObjectStore):
                     return
 
     def _pages(self, folder: str, lowest: str) -> Iterator[ObjectInfo]:
-        def begin() -> Iterator[Any]:
-            stream = obstore().list(self.client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS)
-            return iter(stream)
+        """All objects of a folder, in the server's order. After a failed page it begins again, behind what it has."""
+        idle: list[Iterator[Any]] = []
+        """The listing, as long as no request uses it; one that failed or was given up never comes back."""
 
-        pages = self._guarded(folder, begin)
-        while (page := self._page(folder, pages)) is not None:
+        def send(second: bool) -> tuple[Iterator[Any], bool, Any]:
+            listing, began = (idle.pop(), False) if idle else (self._begin_listing(folder, lowest), True)
+            return listing, began, next(listing, None)
+
+        last: str | None = None
+        asked_again = False
+        while True:
+            listing, began, page = self._request("list", folder, send)
+            skip = last if began else None
+            if page is None:
+                if skip is not None:
+                    raise StoreUnavailable("a listing must keep its order", value=skip, place=self.place(folder))
+                if last is not None or asked_again:
+                    return
+                # What stands between may answer with a success that holds an error: nothing at all is asked for twice.
+                asked_again = True
+                continue
             for meta in page:
-                yield _info(meta["path"], meta)
+                if skip is None:
+                    last = meta["path"]
+                    yield _info(meta["path"], meta)
+                elif meta["path"] == skip:
+                    skip = None
+            idle.append(listing)
 
-    def _page(self, folder: str, pages: Iterator[Any]) -> Any:
-        counters.add("store.list.requests")
-        page = self._guarded(folder, lambda: next(pages, None))
-        self._bucket_seen = True
-        return page
+    def _begin_listing(self, folder: str, lowest: str) -> Iterator[Any]:
+        client = self._client_of("read")
+        return iter(obstore().list(client, folder or None, offset=lowest or None, chunk_size=_PAGE_KEYS))
 
     def delete(self, key: str) -> None:
         if other := self._after_fork():
