@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 LEVEL ?= change
+AZURITE := 3.37.0
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -11,6 +12,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	@test -n "$(PYTHON)" || { echo "error: no python3.11 on PATH (hint: make PYTHON=/path/to/python3.11)"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@# An Azure Blob service for the tests. Without npm, or offline, they are skipped.
+	@if command -v npm >/dev/null; then \
+	    npm install --prefix .venv/azurite --silent --no-audit --no-fund --fetch-retries=1 azurite@$(AZURITE) >/dev/null 2>&1 \
+	        || echo "azurite was not installed: the tests of Azure are skipped"; \
+	fi
 	touch $@
 
 demo: .venv/ready
@@ -35,6 +41,7 @@ build: .venv/ready
 check: lint types test build
 
 bench: .venv/ready
+	$(BIN)/stoker bench tiers
 	$(BIN)/stoker bench load
 	$(BIN)/stoker bench ckpt
 

@@ -27,10 +27,12 @@ def _mount() -> None:
     from .checkpoint.cli import app as ckpt_app
     from .demo import demo
     from .loaders.cli import app as data_app
+    from .storage.cli import doctor
 
     app.add_typer(data_app, name="data")
     app.add_typer(ckpt_app, name="ckpt")
     app.add_typer(bench_app, name="bench")
+    app.command("doctor")(doctor)
     app.command("demo")(demo)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .._console import JsonFlag, emit, new_app, progress
+from .._console import JsonFlag, StorageOptions, emit, new_app, parse_options, progress
 from ..errors import ConfigError
 from ..storage._units import parse_bytes
 from .frame import Report
@@ -76,6 +76,46 @@ def ckpt(
     size_bytes = parse_bytes(size, place="--size")
     with _work_directory(directory) as work, _rounds("ckpt") as step:
         report = run_ckpt(size_bytes=size_bytes, runs=runs, directory=work, progress=step)
+    emit(report.to_json(), _text(report), as_json=json)
+
+
+@app.command("tiers")
+def tiers(
+    size: Annotated[str, typer.Option(help="Bytes that each row moves.")] = "256MB",
+    runs: _Runs = 3,
+    directory: _Directory = Path(),
+    url: Annotated[
+        str | None, typer.Option(help="An S3 URL to measure.", show_default="a SeaweedFS on this machine")
+    ] = None,
+    json: JsonFlag = False,
+    option: StorageOptions = None,
+) -> None:
+    """Memory, shared memory, disk, object store and the block cache: GB/s of each, and what stoker hands on.
+
+    \b
+    limit   the same bytes by bare memcpy, mmap, O_DIRECT and obstore
+    peers   s3fs
+
+    Needs three times --size of memory, as much shared memory and as much free disk. What it writes below --url stands
+    under a prefix of its own and is removed.
+
+    \b
+    stoker bench tiers
+    stoker bench tiers --size 1GB --runs 5 --dir /nvme --json > tiers.json
+    stoker bench tiers --url s3://bucket/scratch -o region=eu-central-1
+    """
+    from .tiers import run_tiers
+
+    size_bytes = parse_bytes(size, place="--size")
+    with _work_directory(directory) as work, _rounds("tiers") as step:
+        report = run_tiers(
+            size_bytes=size_bytes,
+            runs=runs,
+            directory=work,
+            url=url,
+            storage_options=parse_options(option),
+            progress=step,
+        )
     emit(report.to_json(), _text(report), as_json=json)
 
 

@@ -266,7 +266,7 @@ class Report:
         from rich.table import Table
 
         out = io.StringIO()
-        console = Console(file=out, width=width, highlight=False)
+        console = Console(file=out, width=width, highlight=False, markup=False)
         machine = self.machine
         console.print(
             f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores, "

@@ -80,9 +80,9 @@ def typed_error(error: Exception, place: str, root: str) -> Exception:
         return UnsupportedError("the server must answer requests for byte ranges", place=place)
     if isinstance(error, exceptions.InvalidPathError):
         return UnsafeName("the store must accept the name", place=place)
-    if status == 416:
+    if status == 416 or "StartTooLarge" in text:
         return RangeNotSatisfiable("range behind the end", place=place)
-    if "UnexpectedRange" in text:
+    if "UnexpectedRange" in text or "ParseContentRange" in text:
         return WrongRange("the store must send the bytes that were asked for, not others", place=place)
     if status in (401, 403) or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
         return AccessDenied("the store must accept the credentials", value=answer, place=place, hint=_access_hint(code))

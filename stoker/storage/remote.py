@@ -590,4 +590,6 @@ def _info(key: str, meta: Mapping[str, Any]) -> ObjectInfo:
     modified_s = meta["last_modified"].timestamp()
     # Plain HTTP servers may send no tag. Then time and length are the best there is.
     version = meta["e_tag"] or f"{modified_s:.6f}-{meta['size']}"
+    if version.startswith("0x"):  # Azure quotes its tags everywhere but in listings
+        version = f'"{version}"'
     return ObjectInfo(key=key, size=meta["size"], version=version, modified_s=modified_s)

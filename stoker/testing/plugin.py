@@ -3,6 +3,8 @@
 ================  ======================================================================================================
 ``s3_server``     one :class:`~stoker.testing.s3.S3Server` for the whole session, started when a test first asks for it;
                   share it by giving each test its own prefix: ``s3_server.url("stoker", prefix)``
+``fault_proxy``   a :class:`~stoker.testing.FaultProxy` of its own before that server, without faults to begin with:
+                  ``open_store(s3_server.url("stoker", prefix), **fault_proxy.storage_options)``
 ``node_cache``    a :class:`~stoker.storage.TieredCache` of its own, 64 MiB in shared memory and 64 MiB on disk, gone
                   after the test; the user's own cache is never touched
 ================  ======================================================================================================
@@ -20,9 +22,10 @@ import pytest
 
 if TYPE_CHECKING:
     from ..storage import TieredCache
+    from .proxy import FaultProxy
     from .s3 import S3Server
 
-__all__ = ["node_cache", "s3_server"]
+__all__ = ["fault_proxy", "node_cache", "s3_server"]
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +35,15 @@ def s3_server() -> "Iterator[S3Server]":
 
     with S3Server() as server:
         yield server
+
+
+@pytest.fixture
+def fault_proxy(s3_server: "S3Server") -> "Iterator[FaultProxy]":
+    """A proxy before the session's server."""
+    from .proxy import FaultProxy
+
+    with FaultProxy(s3_server) as proxy:
+        yield proxy
 
 
 @pytest.fixture

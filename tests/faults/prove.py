@@ -1,8 +1,9 @@
-"""``make prove``: kill real packing and saving processes, many times, and see that nothing is ever torn.
+"""``make prove``: kill real packing and saving processes, many times, and see that nothing is ever torn; break every
+request to a real object store in every way.
 
 Command: ``python -m tests.faults.prove --level change|nightly|release [--trial NAME] [--seed N] [--dir DIR] [--json]``.
-Each trial runs twice: kills at random moments, and kills just before each call that changes a file. Exit 1 on any violation, whose
-directory is kept.
+Each trial with kills runs twice: at random moments, and just before each call that changes a file. Exit 1 on any
+violation; the directory of one with kills is kept.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Literal
 from stoker._console import emit, progress
 from stoker.testing.kill import KillReport, Trial, run_trial
 
-from . import packing, saving
+from . import network, packing, saving
 
 TRIALS: dict[str, Callable[[Path], Trial]] = {"packing": packing.trial, "saving": saving.trial}
 
@@ -58,15 +59,22 @@ def memory_directory() -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials of a level and print one report; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="prove", description="Kill packing and saving processes; nothing may tear.")
+    parser = argparse.ArgumentParser(prog="prove", description="Kill processes and break requests; nothing may tear.")
     parser.add_argument("--level", choices=sorted(KILLS), default="change")
-    parser.add_argument("--trial", choices=sorted(TRIALS), action="append", help="only this trial; may repeat")
+    parser.add_argument(
+        "--trial", choices=[*sorted(TRIALS), "network"], action="append", help="only this trial; may repeat"
+    )
     parser.add_argument("--seed", type=int, help="of the random moments; drawn and printed by default")
     parser.add_argument("--dir", type=Path, help="where the processes work; shared memory by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     chosen = parser.parse_args(arguments)
-    reports = []
-    for name in chosen.trial or sorted(TRIALS):
+    reports: list[KillReport | network.NetworkReport] = []
+    for name in chosen.trial or [*sorted(TRIALS), "network"]:
+        if name == "network":
+            reports.append(network.prove_network())
+            if not chosen.json:
+                emit({}, str(reports[-1]), as_json=False)
+            continue
         runs: list[tuple[Literal["moments", "calls"], int | None]]
         runs = [("moments", KILLS[chosen.level][0]), ("calls", KILLS[chosen.level][1])]
         for at, kills in runs:
