@@ -15,7 +15,8 @@
     │   ├── StoreFull                          no space left, quota reached, shared memory exhausted
     │   └── StoreUnavailable (ConnectionError) no answer that could be used, after all retries
     │       ├── Throttled                      the store asks for fewer requests
-    │       └── Unreachable                    nobody there: no such host, no listener, no TLS
+    │       ├── Unreachable                    nobody there: no such host, no listener, no TLS
+    │       └── BadReply                       an answer that makes no sense
     ├── DeadlineExceeded (TimeoutError)        a public call did not end by its deadline
     ├── CorruptionError (OSError)
     │   ├── CorruptBlock                       bytes differ from their checksum, at the origin
@@ -139,6 +140,10 @@ class Throttled(StoreUnavailable):
 
 class Unreachable(StoreUnavailable):
     """Nobody is there: the name does not resolve, nobody listens, or TLS fails."""
+
+
+class BadReply(StoreUnavailable):
+    """An answer that makes no sense, several times over."""
 
 
 class DeadlineExceeded(StokerError, TimeoutError):

@@ -5,6 +5,7 @@ import re
 from ..errors import (
     AccessDenied,
     AlreadyExists,
+    BadReply,
     BucketNotFound,
     ConfigError,
     KeyNotFound,
@@ -101,8 +102,11 @@ def typed_error(error: Exception, place: str, root: str) -> Exception:
     for mark, reason in _UNREACHABLE:
         if mark in text:
             return Unreachable("the store must answer", value=reason, place=place)
-    reason = "timed out" if any(mark in text for mark in _TIMED_OUT) else "no usable answer"
-    return StoreUnavailable("the store must answer", value=reason, place=place)
+    if any(mark in text for mark in _TIMED_OUT):
+        return StoreUnavailable("the store must answer", value="timed out", place=place)
+    if "HTTP error" in head:
+        return StoreUnavailable("the store must answer", value="the connection broke", place=place)
+    return BadReply("the store must answer", value="an answer that makes no sense", place=place)
 
 
 def _access_hint(code: str) -> str:

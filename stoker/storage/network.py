@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Generic, TypeVar
 
-from ..errors import ConfigError, StokerError, StoreUnavailable, Throttled, Unreachable
+from ..errors import BadReply, ConfigError, StokerError, StoreUnavailable, Throttled, Unreachable
 from ..metrics import counters
 from ._health import Health
 from ._hedging import Hedging
@@ -37,6 +37,8 @@ T = TypeVar("T")
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 _SLOWEST_BYTES_PER_S = 1 << 20
 """A request may take longer by what its bytes take at this rate."""
+_BAD_REPLIES = 4
+"""One may be a mistake on the way; a server that always answers so will go on."""
 _FIRST_CONTACT_S = 15.0
 """An endpoint that nobody ever reached is given up sooner: its URL is more likely wrong than it is down."""
 
@@ -130,6 +132,8 @@ class Network:
                         self.limit.throttled(sent_at)
                     self.health.failed(turn)
                     failures, last = failures + 1, error
+                    if isinstance(error, BadReply) and failures >= _BAD_REPLIES:
+                        break
                     if not isinstance(error, Unreachable):
                         self._reached = True
                     elif not self._reached:

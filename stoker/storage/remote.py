@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from ..errors import (
     AlreadyExists,
+    BadReply,
     ConfigError,
     KeyNotFound,
     ObjectChanged,
@@ -186,7 +187,7 @@ class RemoteStore(ObjectStore):
             data = memoryview(result.bytes())
             counters.add("store.get.bytes", len(data))
             if len(data) != result.range[1] - result.range[0]:
-                raise StoreUnavailable("a reply must be whole", value=f"{len(data)} bytes", place=self.place(key))
+                raise BadReply("a reply must be whole", value=f"{len(data)} bytes", place=self.place(key))
             return self._info_of(key, result.meta), result.range, data
 
         for attempts_left in (1, 0):
@@ -210,7 +211,7 @@ class RemoteStore(ObjectStore):
     def _info_of(self, key: str, meta: Mapping[str, Any]) -> ObjectInfo:
         """What the reply to a GET or HEAD says; object stores always send a tag, and what stands between does not."""
         if not meta["e_tag"] and not self._read_only:
-            raise StoreUnavailable("a reply must name the object's version", place=self.place(key))
+            raise BadReply("a reply must name the object's version", place=self.place(key))
         return _info(key, meta)
 
     def _empty_range(self, key: str, start: int, version: str | None) -> memoryview:

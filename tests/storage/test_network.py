@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stoker.errors import ConfigError, KeyNotFound, StoreUnavailable, Throttled, Unreachable
+from stoker.errors import BadReply, ConfigError, KeyNotFound, StoreUnavailable, Throttled, Unreachable
 from stoker.metrics import counters
 from stoker.storage import NetworkPolicy, network
 from stoker.storage._health import Health
@@ -367,6 +367,14 @@ def test_what_is_worth_another_try_is_tried_again(net: Network) -> None:
     assert net.call(Attempt(send=script, place="a")) == "done"
     assert script.sent == 4
     assert counters.since(before)["store.retries"] == 3
+
+
+def test_answers_that_make_no_sense_are_asked_for_four_times(net: Network) -> None:
+    script = Script(*[BadReply("x")] * 100)
+    with pytest.raises(BadReply):
+        net.call(Attempt(send=script, place="a"))
+    assert script.sent == 4
+    assert net.call(Attempt(send=Script(BadReply("x")), place="a")) == "done"
 
 
 def test_an_answer_stands(net: Network) -> None:
