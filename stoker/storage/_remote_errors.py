@@ -85,12 +85,22 @@ def typed_error(error: Exception, place: str, root: str) -> Exception:
         return RangeNotSatisfiable("range behind the end", place=place)
     if "UnexpectedRange" in text or "ParseContentRange" in text:
         return WrongRange("the store must send the bytes that were asked for, not others", place=place)
-    if status in (401, 403) or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError):
+    if (
+        status in (401, 403)
+        or code in _ACCESS_HINTS
+        or isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError)
+    ):
         return AccessDenied("the store must accept the credentials", value=answer, place=place, hint=_access_hint(code))
     if status == 507 or code in _FULL:
         return StoreFull("needs more space than the store has left", value=answer, place=place)
-    if status in (301, 307, 308) or code == "AuthorizationHeaderMalformed":
-        return ConfigError("the bucket must be in the region that is asked", value=answer, place=root, hint="region=")
+    moved = status in (301, 307, 308) or "redirect without LOCATION" in head
+    if moved or code == "AuthorizationHeaderMalformed":
+        return ConfigError(
+            "the bucket must be in the region that is asked",
+            value="a redirect" if moved else answer,
+            place=root,
+            hint="region=",
+        )
     if status == 404:
         return KeyNotFound("no such object", place=place)
     if status in (429, 503):

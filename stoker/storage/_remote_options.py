@@ -30,7 +30,7 @@ _HTTP = ("http", "https")
 _AZURE = ("az", "abfs", "abfss")
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True, repr=False)
 class Config:
     """What a client is made of. Never printed: it holds secrets."""
 

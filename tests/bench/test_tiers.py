@@ -110,7 +110,7 @@ def test_a_peer_that_is_not_installed_is_a_note(report: Report) -> None:
     if importlib.util.find_spec("s3fs") is None:
         assert [note for note in report.notes if "s3fs is not installed" in note]
     else:
-        assert report.row(GET, "s3fs cat_ranges").verified
+        assert report.row(GET, "s3fs cat_ranges + crc32c").verified
 
 
 def test_no_secret_is_in_the_report(report: Report, s3_server: S3Server) -> None:
@@ -279,5 +279,5 @@ def test_the_command_prints_one_json_object_and_keeps_the_secret(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert s3_server.storage_options["secret"] not in result.output
-    assert Report.from_json(json.loads(result.stdout)).row(GET, "stoker get").verified
+    assert Report.from_json(json.loads(result.stdout)).row(GET, "stoker get + crc32c").verified
     assert list(tmp_path.iterdir()) == []

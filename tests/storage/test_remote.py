@@ -27,7 +27,7 @@ from stoker.metrics import counters
 from stoker.storage import ObjectInfo, ObjectStore, _listing, _remote_options, open_store, remote
 from stoker.storage.network import NetworkPolicy
 from stoker.storage.remote import RemoteStore
-from stoker.testing import S3Server
+from stoker.testing import Fault, FaultProxy, S3Server
 
 MIB = 2**20
 
@@ -182,6 +182,83 @@ def test_wrong_keys_are_access_denied_and_never_shown(s3_server: S3Server, wrong
         check_all(store, AccessDenied, (canary, s3_server.storage_options["secret"]))
         with pytest.raises(AccessDenied, match="the secret is wrong" if wrong == "secret" else "not know this key"):
             store.get("object")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "words"),
+    [
+        (403, "RequestTimeTooSkewed", AccessDenied, "this machine's clock is wrong"),
+        (400, "ExpiredToken", AccessDenied, "the session token has expired"),
+        (403, "ExpiredToken", AccessDenied, "the session token has expired"),
+        (400, "AuthorizationHeaderMalformed", ConfigError, "must be in the region that is asked"),
+        (301, "PermanentRedirect", ConfigError, "must be in the region that is asked"),
+    ],
+)
+def test_what_the_store_finds_wrong_with_a_request_is_told_at_once(
+    s3_server: S3Server, fault_proxy: FaultProxy, status: int, code: str, error: type[StokerError], words: str
+) -> None:
+    with open_store(s3_server.url("stoker", uuid.uuid4().hex), **fault_proxy.storage_options) as store:
+        store.put("object", b"1")
+        fault_proxy.add(Fault("status", status=status, code=code))
+        fault_proxy.clear_requests()
+        for call in (lambda: store.get("object"), lambda: store.put("object", b"1")):
+            with pytest.raises(error, match=words):
+                call()
+        assert len(fault_proxy.requests) == 2
+
+
+def test_a_write_is_never_redirected(s3_server: S3Server, fault_proxy: FaultProxy) -> None:
+    with open_store(
+        s3_server.url("stoker", uuid.uuid4().hex), network=NetworkPolicy(timeout_s=1.0), **fault_proxy.storage_options
+    ) as store:
+        fault_proxy.add(Fault("redirect", location="http://127.0.0.1:9"))
+        for call in (lambda: store.put("object", b"1"), lambda: store.delete("object")):
+            with pytest.raises(StokerError):
+                call()
+
+
+def test_a_redirected_read_takes_no_credentials_along(s3_server: S3Server, fault_proxy: FaultProxy) -> None:
+    seen: list[dict[str, str]] = []
+
+    class Elsewhere(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append({name.lower(): value for name, value in self.headers.items()})
+            self.send_error(404)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server,
+        open_store(s3_server.url("stoker", uuid.uuid4().hex), **fault_proxy.storage_options) as store,
+    ):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        store.put("object", b"1")
+        fault_proxy.add(Fault("redirect", location=f"http://127.0.0.1:{server.server_port}"))
+        try:
+            with pytest.raises(StokerError):
+                store.get("object")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert seen and not any("authorization" in headers for headers in seen)
+
+
+def test_no_secret_is_logged_or_counted(
+    s3_server: S3Server, fault_proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = fault_proxy.storage_options["secret"]
+    caplog.set_level("DEBUG")
+    for fault in (Fault("status", status=403), Fault("reset"), Fault("status", status=500)):
+        with open_store(s3_server.url(), network=NetworkPolicy(timeout_s=0.5), **fault_proxy.storage_options) as store:
+            fault_proxy.clear()
+            fault_proxy.add(fault)
+            with pytest.raises(StokerError):
+                store.get("object", 0, 1)
+            assert secret not in repr(store) and secret not in repr(vars(store)["_config"])
+    assert secret not in caplog.text
+    assert secret not in repr(counters.snapshot())
 
 
 def test_an_endpoint_where_nobody_listens_is_unavailable(impatient: None) -> None:
