@@ -1,6 +1,6 @@
 """The block cache of a node: RAM tier, disk tier, origin; shared by all processes, without a daemon.
 
-The unit is the immutable :class:`Block`. A block is fetched once for all threads of a process, checked against the
+The unit is the immutable :class:`Block`. A block is fetched once for all threads and processes, checked against the
 checksum that its data set carries, kept in the first tier that has room and handed out as a view of the cached file.
 Without a plan of what is needed next, what is there stays and newcomers pass through once the tiers are full: in scans
 that read every block once an epoch, recency says nothing, and evicting by it drops to 0 % hits where keeping any fixed
@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, NamedTuple, Self
 
 from ..errors import AccessDenied, ConfigError, CorruptBlock, StokerError, UnknownVersion, UnsupportedError
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_RAM_BYTES = 8 * 2**30
 _PREFETCH_BYTES = 256 * 2**20
 _PREFETCH_THREADS = 8  # a guess: enough to overlap round trips to a store, few enough for two cores
+_FLIGHT_TIMEOUT_S = 5.0  # I6: a process that was stopped while it fetches holds up the others no longer
 _FREE_SHARE = 0.8  # of what is free, the most a tier takes: tmpfs pages count against the job's own memory limit
 
 
@@ -287,7 +289,7 @@ class TieredCache:
             if view is not None:
                 flight.admitted = True
             else:
-                view, flight.admitted = self._fill(store, block, file)
+                view, flight.admitted = self._fill_once(store, block, file, count=not ahead)
             flight.view = view
         except BaseException as error:
             flight.error = error
@@ -299,6 +301,36 @@ class TieredCache:
                     self._landed_ahead(flight, wanted)
             flight.done.set()
         return view
+
+    def _fill_once(self, store: ObjectStore, block: Block, file: BlockFile, *, count: bool) -> tuple[memoryview, bool]:
+        """:meth:`_fill`, or what another process that was at it has put into a tier meanwhile."""
+        if not self._tiers:
+            return self._fill(store, block, file)
+        first = self._tiers[0]
+        mine = first.take_off(file)
+        deadline, pause_s = monotonic() + _FLIGHT_TIMEOUT_S, 0.0005
+        while mine is False:
+            sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.005)
+            mine = first.take_off(file)
+            if (view := self._resident(file, block, count=count)) is not None:
+                if mine:
+                    first.land(file)
+                return view, True
+            if mine:
+                # It brought nothing that a tier kept, and will not for us: nobody has to queue behind us as well.
+                first.land(file)
+                mine = None
+            elif monotonic() > deadline:
+                break
+        try:
+            # The one before us may have landed between our last look and taking off.
+            if mine and (view := self._resident(file, block, count=count)) is not None:
+                return view, True
+            return self._fill(store, block, file)
+        finally:
+            if mine:
+                first.land(file)
 
     def _fill(self, store: ObjectStore, block: Block, file: BlockFile) -> tuple[memoryview, bool]:
         """Fetch, check, keep. Returns the bytes and whether a tier holds them."""

@@ -44,6 +44,7 @@ _TAG_KIND, _TAG_VERSION = b"stoker block cache v", b"1"
 _LOCK_FILE = struct.Struct("<8sQQ")  # magic, capacity, bytes in use
 _LOCK_MAGIC = b"STKTIER1"
 _START, _PRESENCE, _USAGE = 1024, 1025, 1026  # offsets in the lock file that are locked; nothing is stored there
+_FLIGHTS = 1 << 32  # from here on one byte for each block that a process is fetching, by a hash of its name
 _START_TIMEOUT_S = 60.0  # the first opener may have to count a million files
 _LOCK_TIMEOUT_S = 5.0  # I6: nobody waits longer for a process that stopped; the cache does without instead
 
@@ -328,6 +329,28 @@ class Tier:
             if os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False).st_ino == info.st_ino:
                 os.unlink(path, dir_fd=self._directory_fd)
                 state.add(-info.st_size)
+
+    # -- fetching, one process for all
+
+    def take_off(self, block: BlockFile) -> bool | None:
+        """Whether this process is the one to fetch a block, until :meth:`land`; None where locks don't work.
+
+        A lock saves work and guards nothing: two processes that fetch one block at once cost a request. A killed holder's
+        is free at once.
+        """
+        with self._mutex:
+            if self._closed or self._lock_fd < 0:
+                return None
+            try:
+                return try_lock(self._lock_fd, _FLIGHTS + int(block.name[:8], 16))
+            except OSError:
+                return None
+
+    def land(self, block: BlockFile) -> None:
+        """Let others fetch the block, should they still want to."""
+        with self._mutex, suppress(OSError):
+            if self._lock_fd >= 0:
+                unlock(self._lock_fd, _FLIGHTS + int(block.name[:8], 16))
 
     # -- writing
 
