@@ -122,7 +122,8 @@ def test_without_o_direct_there_is_a_warning(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_healthy_store_passes_every_check_and_nothing_is_left_in_it(s3_server: S3Server, tmp_path: Path) -> None:
-    url = s3_server.url("stoker", uuid.uuid4().hex)
+    bucket = f"doctor-{uuid.uuid4().hex[:8]}"
+    url = s3_server.create_bucket(bucket)
     found = examine(url, tmp_path, s3_server.storage_options)
     assert [check.name for check in found.checks][-len(STORE_CHECKS) :] == STORE_CHECKS
     assert verdicts(found, STORE_CHECKS) == {"ok"}
@@ -134,7 +135,7 @@ def test_a_healthy_store_passes_every_check_and_nothing_is_left_in_it(s3_server:
     assert sum(cell.knee for cell in found.throughput) == 1
     with open_store(url, **s3_server.storage_options) as store:
         assert list(store.list()) == []
-    assert s3_server.unfinished_uploads("stoker") == 0
+    assert s3_server.unfinished_uploads(bucket) == 0
 
 
 def test_a_local_directory_is_a_store_too(tmp_path: Path) -> None:

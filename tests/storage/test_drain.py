@@ -368,8 +368,13 @@ def test_an_error_of_the_caller_aborts_the_upload(s3: ObjectStore, s3_server: S3
 
 def test_an_interrupt_from_the_keyboard_aborts_the_upload(s3: ObjectStore, s3_server: S3Server, tmp_path: Path) -> None:
     files = make_files(tmp_path, {"large": 6 * PART})
-    with pytest.raises(KeyboardInterrupt):
-        upload(files, s3, on_progress=Progress(3, lambda: os.kill(os.getpid(), signal.SIGINT)), **SMALL)
+    # What runs in the background of a shell starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            upload(files, s3, on_progress=Progress(3, lambda: os.kill(os.getpid(), signal.SIGINT)), **SMALL)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert unfinished(s3_server, s3) == 0 and not s3.exists("large")
 
 
