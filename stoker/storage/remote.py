@@ -192,7 +192,9 @@ class RemoteStore(ObjectStore):
 
         for attempts_left in (1, 0):
             try:
-                info, place, data = self._request("get", key, send, size=0 if end is None else end - start, hedge=True)
+                # How long one takes of which we don't know the size says nothing about others.
+                size, hedge = 0 if end is None else end - start, not clamped
+                info, place, data = self._request("get", key, send, size=size, hedge=hedge)
                 break
             except RangeNotSatisfiable:
                 if clamped:
