@@ -8,8 +8,8 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from ..errors import UnsupportedError
+from ._zarr_view import Piece, TensorArray, ZarrView, padded
 from .reader import StepReader
-from .zarr import Piece, TensorArray, ZarrView, padded
 
 __all__ = ["CheckpointStore"]
 
