@@ -2,9 +2,9 @@
 
 The unit is the immutable :class:`Block`. A block is fetched once for all threads and processes, checked against the
 checksum that its data set carries, kept in the first tier that has room and handed out as a view of the cached file.
-Without a plan of what is needed next, what is there stays and newcomers pass through once the tiers are full: in scans
-that read every block once an epoch, recency says nothing, and evicting by it drops to 0 % hits where keeping any fixed
-half gets 50 %.
+Once the tiers are full, what is there stays and newcomers pass through: in scans that read every block once an epoch,
+recency says nothing, and evicting by it drops to 0 % hits where keeping any fixed half gets 50 %. For other traffic there
+is SIEVE.
 """
 
 import atexit
@@ -20,19 +20,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from ..errors import AccessDenied, ConfigError, CorruptBlock, StokerError, UnknownVersion, UnsupportedError
 from ..metrics import counters
 from ._checksums import crc32c
 from ._posix import shared_memory_directory
 from ._units import parse_bytes
+from .eviction import Sieve
 from .store import ObjectStore
 from .tiers import BlockFile, Tier, warn_once
 
 __all__ = ["Block", "CacheStats", "TieredCache"]
 
 logger = logging.getLogger(__name__)
+
+Eviction = Literal["keep", "sieve"]
 
 _DEFAULT_RAM_BYTES = 8 * 2**30
 _PREFETCH_BYTES = 256 * 2**20
@@ -140,6 +143,9 @@ class TieredCache:
         near: URL of a cluster's shared cache. Not in this version.
         ram_path: directory of the RAM tier. Default: ``cache`` in ``/dev/shm/stoker-<uid>`` (``STOKER_SHM_DIR``).
         prefetch_bytes: most bytes that prefetches may have under way or hold for want of room.
+        eviction: ``"keep"`` what is there, for epochs; ``"sieve"`` makes room for every newcomer, in all tiers, by
+            removing what was not read of late, for traffic that reads some blocks again and most never. Blocks in
+            use stay. Processes that share a cache should agree on it.
 
     Blocks outlive the process and the object: the next one finds them. The limits of the first process to open a
     directory bind it until the last has closed it; others that ask for different ones are told by a warning. The cache
@@ -176,12 +182,18 @@ class TieredCache:
         near: str | None = None,
         ram_path: str | Path | None = None,
         prefetch_bytes: int | str = _PREFETCH_BYTES,
+        eviction: Eviction = "keep",
     ) -> None:
         if near is not None:
             raise UnsupportedError("near= is not in this version", place="TieredCache", hint="leave it out")
         if disk is None and disk_capacity is not None:
             raise ConfigError("disk_capacity needs disk", value=disk_capacity, place="TieredCache", hint="disk=PATH")
+        if eviction not in get_args(Eviction):
+            raise ConfigError("eviction must be 'keep' or 'sieve'", value=eviction, place="TieredCache")
+        self._keeps = eviction == "keep"
+        policy = None if self._keeps else Sieve
         self._config: dict[str, Any] = {
+            "eviction": eviction,
             "ram": ram,
             "disk": disk,
             "disk_capacity": disk_capacity,
@@ -193,9 +205,9 @@ class TieredCache:
         disk_bytes = None if disk_capacity is None else parse_bytes(disk_capacity, place="disk_capacity")
         self._closed = False
         self._reset()
-        self._ram = None if ram_bytes == 0 else _ram_tier(ram_path, ram_bytes)
+        self._ram = None if ram_bytes == 0 else _ram_tier(ram_path, ram_bytes, policy)
         try:
-            self._disk = None if disk is None else _disk_tier(Path(disk), disk_bytes)
+            self._disk = None if disk is None else _disk_tier(Path(disk), disk_bytes, policy)
         except BaseException:
             if self._ram is not None:
                 self._ram.close()
@@ -269,7 +281,7 @@ class TieredCache:
 
     def _resident(self, file: BlockFile, block: Block, *, count: bool) -> memoryview | None:
         for tier in self._tiers:
-            view = tier.lookup(file)
+            view = tier.lookup(file, is_use=count)
             if view is not None:
                 if count:
                     with self._lock:
@@ -335,10 +347,16 @@ class TieredCache:
     def _fill(self, store: ObjectStore, block: Block, file: BlockFile) -> tuple[memoryview, bool]:
         """Fetch, check, keep. Returns the bytes and whether a tier holds them."""
         view = self._fetch(store, block)
+        found: memoryview | None = None
         for tier in self._tiers:
             # What we return is read back from the tier, so that all processes share its pages.
-            if tier.admit(file, view) and (kept := tier.lookup(file)) is not None:
-                return kept, True
+            if tier.admit(file, view) and found is None:
+                found = tier.lookup(file, is_use=False)
+            # Where blocks are evicted from shared memory, they must be on disk by then.
+            if found is not None and self._keeps:
+                break
+        if found is not None:
+            return found, True
         with self._lock:
             self._count("pass_through", 1)
         counters.add("cache.pass_through")
@@ -516,7 +534,7 @@ _MISTAKES = (AccessDenied, ConfigError, UnknownVersion)
 """What is wrong about a directory that the user named; what fails otherwise only costs the tier."""
 
 
-def _ram_tier(path: str | Path | None, asked_bytes: int | None) -> Tier | None:
+def _ram_tier(path: str | Path | None, asked_bytes: int | None, policy: type[Sieve] | None) -> Tier | None:
     """The RAM tier, or None with a warning: a job must run where shared memory is missing or someone else's."""
 
     def capacity(available_bytes: int) -> int:
@@ -526,7 +544,7 @@ def _ram_tier(path: str | Path | None, asked_bytes: int | None) -> Tier | None:
 
     try:
         directory = shared_memory_directory() / "cache" if path is None else Path(path)
-        return Tier(directory, kind="ram", capacity=capacity, asked_bytes=asked_bytes, durable=False)
+        return Tier(directory, kind="ram", capacity=capacity, asked_bytes=asked_bytes, durable=False, policy=policy)
     except (OSError, StokerError) as error:
         if path is not None and isinstance(error, _MISTAKES):
             raise
@@ -534,12 +552,12 @@ def _ram_tier(path: str | Path | None, asked_bytes: int | None) -> Tier | None:
         return None
 
 
-def _disk_tier(path: Path, asked_bytes: int | None) -> Tier | None:
+def _disk_tier(path: Path, asked_bytes: int | None, policy: type[Sieve] | None) -> Tier | None:
     def capacity(available_bytes: int) -> int:
         return int(available_bytes * _FREE_SHARE) if asked_bytes is None else asked_bytes
 
     try:
-        return Tier(path, kind="disk", capacity=capacity, asked_bytes=asked_bytes, durable=True)
+        return Tier(path, kind="disk", capacity=capacity, asked_bytes=asked_bytes, durable=True, policy=policy)
     except _MISTAKES:
         raise
     except OSError as error:

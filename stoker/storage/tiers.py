@@ -8,7 +8,8 @@
     tmp/{size}-{nonce}          being written, locked by its writer
 
 The directory is the index. What a killed process leaves is an unlocked temporary file, found and removed at the next
-start. A block appears whole, by rename, and disappears by unlink, never by truncation: who has it mapped keeps it.
+start. A block appears whole, by rename, and disappears by unlink, never by truncation: who has it mapped keeps it, and
+where blocks are evicted it holds a lock that says so.
 Anything else in the directory belongs to someone else and is neither counted nor touched.
 """
 
@@ -32,6 +33,7 @@ from ._checksums import crc32c
 from ._locks import lock, try_lock, unlock
 from ._posix import UnnamedFile, make_directories, pread_into, pwrite_all
 from ._units import format_bytes
+from .eviction import EvictionPolicy
 
 __all__ = ["BlockFile", "Tier"]
 
@@ -44,6 +46,7 @@ _TAG_KIND, _TAG_VERSION = b"stoker block cache v", b"1"
 _LOCK_FILE = struct.Struct("<8sQQ")  # magic, capacity, bytes in use
 _LOCK_MAGIC = b"STKTIER1"
 _START, _PRESENCE, _USAGE = 1024, 1025, 1026  # offsets in the lock file that are locked; nothing is stored there
+_LEASES = 1 << 33  # from here on one byte for each block that a process has mapped, locked by all of them
 _FLIGHTS = 1 << 32  # from here on one byte for each block that a process is fetching, by a hash of its name
 _START_TIMEOUT_S = 60.0  # the first opener may have to count a million files
 _LOCK_TIMEOUT_S = 5.0  # I6: nobody waits longer for a process that stopped; the cache does without instead
@@ -85,7 +88,8 @@ class BlockFile:
 
 
 # Guarantees: every method may be called from any thread. `_mutex` guards the lock file's descriptor and with it, through
-# `_usage()`, the shared counter. `_maps` and `_verified` are only touched in single atomic operations.
+# `_usage()`, the shared counter. `_policy_lock`, always the inner one, guards `_policy`. `_maps` and `_verified` are only
+# touched in single atomic operations.
 class Tier:
     """A directory of blocks with a capacity that all processes of the node keep together.
 
@@ -97,6 +101,7 @@ class Tier:
         capacity: bytes, given the bytes that are free or in use by the tier now.
         asked_bytes: what the user asked for, if he did: differing from the limit in force is worth a warning.
         durable: ``fdatasync`` each block before it gets its name.
+        policy: makes the one that says which blocks go when there is no room; without one, none does.
 
     Raises:
         AccessDenied: the directory is a link, not ours, or open to others.
@@ -106,9 +111,16 @@ class Tier:
     """
 
     def __init__(
-        self, path: Path, *, kind: str, capacity: Callable[[int], int], asked_bytes: int | None, durable: bool
+        self,
+        path: Path,
+        *,
+        kind: str,
+        capacity: Callable[[int], int],
+        asked_bytes: int | None,
+        durable: bool,
+        policy: Callable[[], EvictionPolicy] | None = None,
     ) -> None:
-        self.path, self.kind = path, kind
+        self.path, self.kind, self._make_policy = path, kind, policy
         self._capacity_rule, self._asked_bytes, self._durable = capacity, asked_bytes, durable
         self._reset()
         self._directory_fd = _open_directory(path)
@@ -122,6 +134,9 @@ class Tier:
 
     def _reset(self) -> None:
         self._mutex = threading.RLock()
+        self._policy_lock = threading.Lock()
+        self._policy = None if self._make_policy is None else self._make_policy()
+        self._evictions_to_go = 0
         self._lock_fd = -1
         self._writing_fds: set[int] = set()
         self._maps: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
@@ -263,11 +278,12 @@ class Tier:
 
     # -- reading
 
-    def lookup(self, block: BlockFile) -> memoryview | None:
+    def lookup(self, block: BlockFile, *, is_use: bool = True) -> memoryview | None:
         """The payload of a block as a read-only view of its file, or None if there is no healthy copy here.
 
         The view stays valid as long as it is referenced, also when the block is removed. Checked against `block` when
-        this process opens the file for the first time; a copy that differs is removed and counted.
+        this process opens the file for the first time; a copy that differs is removed and counted. `is_use` is whether
+        this is somebody's read, which speaks for keeping the block.
         """
         mapped = self._maps.get(block.name)
         if mapped is None:
@@ -283,6 +299,10 @@ class Tier:
             if mapped is None:
                 return None
             self._maps[block.name] = mapped
+        if self._policy is not None and is_use:
+            with self._policy_lock:
+                self._policy.added(block.name, block.size_bytes)  # another process may have done so
+                self._policy.used(block.name)
         start = block.header_bytes
         return memoryview(mapped).cast("B")[start : start + block.length].toreadonly()
 
@@ -298,11 +318,32 @@ class Tier:
                 mapped = _map_readonly(fd, info.st_size)
                 if identity in self._verified or self._is_healthy(fd, mapped, block):
                     self._verified.add(identity)
+                    self._lease(block.name, mapped)
                     return mapped
             self._remove_corrupt(path, info)
             return None
         finally:
             os.close(fd)
+
+    def _lease(self, name: str, mapped: "ctypes.Array[ctypes.c_ubyte]") -> None:
+        """Tell the other processes that a block is in use here, as long as it is mapped."""
+        if self._policy is None:  # a lock for each block is not free, and nobody would ask
+            return
+        fd, byte = self._lock_fd, _lease_byte(name)
+        with suppress(OSError):
+            if fd >= 0 and try_lock(fd, byte, shared=True):
+                weakref.finalize(mapped, _end_lease, fd, byte).atexit = False
+
+    def _is_leased(self, name: str) -> bool:
+        """Whether a block is mapped, here or in another process; where locks don't work, only what is mapped here."""
+        if name in self._maps:
+            return True
+        byte = _lease_byte(name)
+        with suppress(OSError):
+            if not try_lock(self._lock_fd, byte):
+                return True
+            unlock(self._lock_fd, byte)
+        return False
 
     def _is_healthy(self, fd: int, mapped: "ctypes.Array[ctypes.c_ubyte]", block: BlockFile) -> bool:
         start = block.header_bytes
@@ -329,6 +370,7 @@ class Tier:
             if os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False).st_ino == info.st_ino:
                 os.unlink(path, dir_fd=self._directory_fd)
                 state.add(-info.st_size)
+                self._forget(os.path.basename(path))
 
     # -- fetching, one process for all
 
@@ -371,7 +413,11 @@ class Tier:
             pwrite_all(fd, payload, block.header_bytes)
             if self._durable:
                 os.fdatasync(fd)
-            if self._publish(block, temporary):
+            published = self._publish(block, temporary)
+            if self._policy is not None:
+                with self._policy_lock:
+                    self._policy.added(block.name, block.size_bytes)
+            if published:
                 # Checked by whoever fetched it, and copied by the kernel: no need to check our own copy at once.
                 self._verified.add(_identity(block, os.fstat(fd)))
         except (DeadlineExceeded, OSError) as error:
@@ -392,7 +438,7 @@ class Tier:
         temporary = f"tmp/{block.size_bytes}-{os.urandom(8).hex()}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._usage() as state:
-            if state.used + block.size_bytes > state.capacity:
+            if state.used + block.size_bytes > state.capacity and not self._make_room(block, state):
                 return -1, ""
             state.add(block.size_bytes)
             try:
@@ -403,6 +449,55 @@ class Tier:
             self._writing_fds.add(fd)
             try_lock(fd, 0)  # nobody else can hold it: whoever looks for leftovers waits for the counter
         return fd, temporary
+
+    def _make_room(self, block: BlockFile, state: "_Usage") -> bool:
+        """Remove blocks for a newcomer, if the policy says so; whether there is room now."""
+        if self._policy is None:
+            return False
+        for attempt in (1, 2):
+            # What other processes added and removed: at first, then once for as many evictions as there are blocks.
+            if attempt == 2 or self._evictions_to_go <= 0:
+                self._learn()
+            with self._policy_lock:
+                victims = self._policy.admit(
+                    block.name,
+                    block.size_bytes,
+                    free_bytes=state.capacity - state.used,
+                    now=0.0,
+                    is_leased=self._is_leased,
+                )
+            for victim in victims or ():
+                self._evict(victim, state)
+            if victims is not None and state.used + block.size_bytes <= state.capacity:
+                return True
+        return False
+
+    def _evict(self, name: str, state: "_Usage") -> None:
+        path = _path(name)
+        with suppress(FileNotFoundError):
+            size = os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False).st_size
+            os.unlink(path, dir_fd=self._directory_fd)
+            state.add(-size)
+            counters.add(f"cache.{self.kind}.evicted")
+        self._evictions_to_go -= 1
+        self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        if self._policy is not None:
+            with self._policy_lock:
+                self._policy.removed(name)
+
+    def _learn(self) -> None:
+        """Bring the policy up to date with the directory, which is the index."""
+        assert self._policy is not None
+        found = {name: size for folder in self._folders() for name, size in self._files(folder, _BLOCK_NAME)}
+        with self._policy_lock:
+            for name in self._policy.names():
+                if name not in found:
+                    self._policy.removed(name)
+            for name, size in found.items():
+                self._policy.added(name, size)
+        self._evictions_to_go = max(64, len(found))
 
     def _publish(self, block: BlockFile, temporary: str) -> bool:
         """Give a block its name; False if another process did so first."""
@@ -446,6 +541,7 @@ class Tier:
                 for name, size in self._files(folder, _BLOCK_NAME):
                     os.unlink(f"{folder}/{name}", dir_fd=self._directory_fd)
                     state.add(-size)
+                    self._forget(name)
                     removed += size
         return removed
 
@@ -490,6 +586,17 @@ class _Usage:
 
 def _identity(block: BlockFile, info: os.stat_result) -> int:
     return hash((block.name, info.st_ino, info.st_mtime_ns))
+
+
+def _lease_byte(name: str) -> int:
+    # Two blocks may share one: then the one is taken for leased as long as the other is.
+    return _LEASES + int(name[:8], 16)
+
+
+def _end_lease(fd: int, byte: int) -> None:
+    # The descriptor may be closed by now, and its number another file's, on which this is no lock that anybody holds.
+    with suppress(OSError):
+        unlock(fd, byte)
 
 
 def _path(name: str) -> str:
