@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	@# An Azure Blob service for the tests. Without npm, or offline, they are skipped.
 	@if command -v npm >/dev/null; then \
-	    npm install --prefix .venv/azurite --silent --no-audit --no-fund --fetch-retries=1 azurite@$(AZURITE) >/dev/null 2>&1 \
+	    npm install --prefix .venv/azurite --silent --no-audit --no-fund --fetch-retries=1 --fetch-timeout=60000 azurite@$(AZURITE) >/dev/null 2>&1 \
 	        || echo "azurite was not installed: the tests of Azure are skipped"; \
 	fi
 	touch $@
