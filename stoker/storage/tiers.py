@@ -332,7 +332,7 @@ class Tier:
         fd, byte = self._lock_fd, _lease_byte(name)
         with suppress(OSError):
             if fd >= 0 and try_lock(fd, byte, shared=True):
-                weakref.finalize(mapped, _end_lease, fd, byte).atexit = False
+                weakref.finalize(mapped, _end_lease, weakref.ref(self), fd, byte).atexit = False
 
     def _is_leased(self, name: str) -> bool:
         """Whether a block is mapped, here or in another process; where locks don't work, only what is mapped here."""
@@ -593,10 +593,12 @@ def _lease_byte(name: str) -> int:
     return _LEASES + int(name[:8], 16)
 
 
-def _end_lease(fd: int, byte: int) -> None:
-    # The descriptor may be closed by now, and its number another file's, on which this is no lock that anybody holds.
+def _end_lease(tier: "weakref.ref[Tier]", fd: int, byte: int) -> None:
+    owner = tier()
+    # A tier that was closed has given up its locks, and its descriptor's number may be another file's by now.
     with suppress(OSError):
-        unlock(fd, byte)
+        if owner is not None and owner._lock_fd == fd:
+            unlock(fd, byte)
 
 
 def _path(name: str) -> str:
