@@ -26,12 +26,16 @@ def _mount() -> None:
     from .bench.cli import app as bench_app
     from .checkpoint.cli import app as ckpt_app
     from .demo import demo
+    from .loaders.cache_cli import plan, warm
     from .loaders.cli import app as data_app
-    from .storage.cli import doctor
+    from .storage.cli import cache_app, doctor
 
     app.add_typer(data_app, name="data")
+    cache_app.command("warm")(warm)
+    app.add_typer(cache_app, name="cache")
     app.add_typer(ckpt_app, name="ckpt")
     app.add_typer(bench_app, name="bench")
+    app.command("plan")(plan)
     app.command("doctor")(doctor)
     app.command("demo")(demo)
 

@@ -13,7 +13,8 @@ import pytest
 _SKIPS = Path(__file__).parent / "skips.txt"
 
 # Threads that belong to a library for the life of the process, started by its first use.
-_LIBRARY_THREADS = ("fsspecIO", "zarr_io", "zarr_pool", "asyncio_")
+# "Dummy-" is what Python calls threads that it did not start: pyarrow's, once they have called a Python file.
+_LIBRARY_THREADS = ("fsspecIO", "zarr_io", "zarr_pool", "asyncio_", "Dummy-")
 # Files that the running process may open at any time and keep.
 _LIBRARY_FILES = ("/dev/", "/proc/", "/sys/")
 # What a cache leaves in the user's directory by design: it is there for the next process.

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .dataset import TokenDataset
     from .loader import TokenLoader
+    from .packing import BestFit, Pad
     from .writer import TokenWriter
 
-__all__ = ["TokenDataset", "TokenLoader", "TokenWriter"]
+__all__ = ["BestFit", "Pad", "TokenDataset", "TokenLoader", "TokenWriter"]
 
-_MODULES = {"TokenDataset": ".dataset", "TokenLoader": ".loader", "TokenWriter": ".writer"}
+_MODULES = {
+    "BestFit": ".packing",
+    "Pad": ".packing",
+    "TokenDataset": ".dataset",
+    "TokenLoader": ".loader",
+    "TokenWriter": ".writer",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,8 @@
-"""The memory that batches are delivered in: two pairs of arrays, used again only once nobody can see them."""
+"""The memory that batches are delivered in: two sets of arrays, used again only once nobody can see them."""
 
 import sys
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,68 +14,63 @@ __all__ = ["DeviceBuffers", "HostBuffers", "usable_device"]
 
 _RING = 2  # the batch that the trainer holds and the one that is being filled
 
-Pair: TypeAlias = tuple[NDArray[np.int64], NDArray[np.int64]]
+Arrays: TypeAlias = tuple[NDArray[Any], ...]
 
 
 class HostBuffers:
     """Output arrays in host memory, handed to the trainer itself and used again once nobody can see them."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self._shape = shape
-        self._pairs = [self._fresh() for _ in range(_RING)]
+    def __init__(self, shape: tuple[int, int], dtypes: Sequence[type]) -> None:
+        self._shape, self._dtypes = shape, dtypes
+        self._ring = [self._fresh() for _ in range(_RING)]
         self._next = 0
         self.fresh = 0
         # What getrefcount says of an array that only this ring knows, asked the same way as in take(). Tensors and
         # their views, numpy views of those, DLPack capsules: each keeps a reference to the array.
-        pair = self._pairs[0]
-        self._idle = sys.getrefcount(pair[0])
+        arrays = self._ring[0]
+        self._idle = max(map(sys.getrefcount, arrays))
 
-    def _fresh(self) -> Pair:
-        return np.empty(self._shape, np.int64), np.empty(self._shape, np.int64)
+    def _fresh(self) -> Arrays:
+        return tuple(np.empty(self._shape, dtype) for dtype in self._dtypes)
 
-    def take(self) -> Pair:
+    def take(self) -> Arrays:
         i = self._next
         self._next = (i + 1) % _RING
-        pair = self._pairs[i]
-        if sys.getrefcount(pair[0]) != self._idle or sys.getrefcount(pair[1]) != self._idle:
+        arrays = self._ring[i]
+        if max(map(sys.getrefcount, arrays)) != self._idle:
             self.fresh += 1
-            pair = self._pairs[i] = self._fresh()
-        return pair
+            arrays = self._ring[i] = self._fresh()
+        return arrays
 
-    def deliver(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+    def deliver(self, arrays: Arrays) -> list[torch.Tensor]:
+        return [torch.from_numpy(array) for array in arrays]
 
 
 class DeviceBuffers:
     """Pinned output arrays; the trainer gets copies on the device, made in the order of its current stream."""
 
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], dtypes: Sequence[type], device: torch.device) -> None:
         self._device = device
-        self._pinned = [
-            (
-                torch.empty(shape, dtype=torch.int64, pin_memory=True),
-                torch.empty(shape, dtype=torch.int64, pin_memory=True),
-            )
-            for _ in range(_RING)
-        ]
-        self._arrays = [(x.numpy(), y.numpy()) for x, y in self._pinned]
+        kinds = [torch.from_numpy(np.empty(0, dtype)).dtype for dtype in dtypes]
+        self._pinned = [[torch.empty(shape, dtype=kind, pin_memory=True) for kind in kinds] for _ in range(_RING)]
+        self._arrays = [tuple(tensor.numpy() for tensor in tensors) for tensors in self._pinned]
         self._copied: list[torch.Event | None] = [None] * _RING
         self._now = 0
         self.fresh = 0
 
-    def take(self) -> Pair:
+    def take(self) -> Arrays:
         self._now = (self._now + 1) % _RING
         copied = self._copied[self._now]
         if copied is not None:
             copied.synchronize()  # the copy out of this buffer, two batches ago
         return self._arrays[self._now]
 
-    def deliver(self, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = (t.to(self._device, non_blocking=True) for t in self._pinned[self._now])
+    def deliver(self, arrays: Arrays) -> list[torch.Tensor]:
+        tensors = [tensor.to(self._device, non_blocking=True) for tensor in self._pinned[self._now]]
         event = torch.Event(self._device)
         event.record(torch.accelerator.current_stream(self._device))
         self._copied[self._now] = event
-        return x, y
+        return tensors
 
 
 def usable_device(device: torch.device | str | None) -> torch.device | None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RowGather", "row_index"]
+__all__ = ["RowGather", "row_index", "token_memory"]
 
 _ORIGIN = 64  # any address but 0, which numpy would take for "no data"; aligned for every dtype
 _ADDRESS_BITS = 48  # user space on x86-64 and arm64, unless a process asks for more
@@ -27,6 +27,18 @@ _PASS_COLUMNS = 4096
 class _Memory:
     def __init__(self, interface: dict[str, Any]) -> None:
         self.__array_interface__ = interface
+
+
+def token_memory(dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The process's memory as one array: element ``row_index(tokens) + i`` is ``tokens[i]``, as long as that lives.
+
+    ``take`` from it copies tokens from anywhere. Nothing else should be done with it.
+
+    >>> tokens = np.arange(10, dtype=np.uint16)
+    >>> token_memory(tokens.dtype).take(row_index(tokens) + np.array([6, 0])).tolist()
+    [6, 0]
+    """
+    return _address_space(dtype, 1)[:, 0]
 
 
 def _address_space(dtype: np.dtype[Any], width: int) -> NDArray[Any]:

@@ -5,7 +5,7 @@ import os
 import resource
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from ._gather import row_index
 from ._tables import Tables
 from .format import shard_key
 
-__all__ = ["CachedSource", "LocalSource", "Source"]
+__all__ = ["CachedSource", "LocalSource", "Source", "cache_blocks"]
 
 
 # Guarantees: one thread at a time; TokenDataset's lock sees to that. prefetch may be called from any thread.
@@ -203,7 +203,7 @@ class CachedSource(Source):
                 self.rows[block] = 0
         if len(missing) > 1:
             self.prefetch(missing)  # together; the loop below then waits for each in turn
-        for block, wanted in zip(missing.tolist(), self._describe(missing), strict=True):
+        for block, wanted in zip(missing.tolist(), cache_blocks(self.tables, missing), strict=True):
             data = self._cache.get(self.tables.store, wanted)
             if len(data) != wanted.end - wanted.start:
                 raise ObjectChanged(
@@ -215,20 +215,6 @@ class CachedSource(Source):
             self._views[block] = tokens
             self.rows[block] = row_index(tokens)
 
-    def _describe(self, blocks: NDArray[np.int64]) -> Iterable[Block]:
-        shards = self.tables.shard_of_block(blocks).tolist()
-        self.tables.preload(sorted(set(shards)))
-        for block, shard in zip(blocks.tolist(), shards, strict=True):
-            start, end = self.tables.byte_range(shard, block)
-            crc = self.tables.blocks(shard).crc32c[block - int(self.tables.blocks_before[shard])]
-            yield Block(
-                key=shard_key(shard),
-                version=self.tables.shards.sha256[shard].tobytes().hex(),
-                start=start,
-                end=end,
-                crc32c=int(crc),
-            )
-
     def hold(self, blocks: NDArray[np.int64]) -> list[object]:
         unique = np.unique(blocks).tolist()
         for block in unique:
@@ -239,11 +225,27 @@ class CachedSource(Source):
         return self._views[block]
 
     def prefetch(self, blocks: NDArray[np.int64]) -> None:
-        self._cache.prefetch(self.tables.store, list(self._describe(blocks)))
+        self._cache.prefetch(self.tables.store, list(cache_blocks(self.tables, blocks)))
 
     def close(self) -> None:
         self.rows[:] = 0
         self._views.clear()
+
+
+def cache_blocks(tables: Tables, blocks: NDArray[np.int64]) -> Iterator[Block]:
+    """What the cache knows blocks of a data set as, in the order of `blocks`."""
+    shards = tables.shard_of_block(blocks).tolist()
+    tables.preload(sorted(set(shards)))
+    for block, shard in zip(blocks.tolist(), shards, strict=True):
+        start, end = tables.byte_range(shard, block)
+        crc = tables.blocks(shard).crc32c[block - int(tables.blocks_before[shard])]
+        yield Block(
+            key=shard_key(shard),
+            version=tables.shards.sha256[shard].tobytes().hex(),
+            start=start,
+            end=end,
+            crc32c=int(crc),
+        )
 
 
 def check_size(found: int, expected: int, place: str) -> None:

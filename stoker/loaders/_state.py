@@ -15,6 +15,7 @@ _PLACE = "loader state"
 # What two loaders must share for a position to mean the same sample. Paths, ranks and batch sizes are not among it.
 _IDENTITY = (
     "fingerprint",
+    "packing",
     "seq_len",
     "num_samples",
     "order_version",
@@ -31,7 +32,7 @@ class LoaderState:
     """Where a stream stands, and which stream it is.
 
     Attributes:
-        fingerprint: content of the data set. seq_len, num_samples: how it is cut into samples.
+        fingerprint: content of the data set. packing, seq_len, num_samples: how it is cut into samples.
         order_version, seed, shuffle, samples_per_block, lanes, window_blocks: the order.
         position: the first position that the trainer has not got; everything before it was delivered, skipped by
             request, or dropped at the end of a run.
@@ -41,6 +42,7 @@ class LoaderState:
     """
 
     fingerprint: str
+    packing: str
     seq_len: int
     num_samples: int
     order_version: int
@@ -68,6 +70,7 @@ class LoaderState:
             UnknownVersion: written by a newer version.
             StateMismatch: no state of a loader, an empty one included.
         """
+        record = {"packing": "concat", **record}  # the first states of version 1 knew no other
         version = record.get("version")
         if isinstance(version, int) and version > STATE_VERSION:
             raise UnknownVersion(
@@ -83,7 +86,7 @@ class LoaderState:
             )
         values = {f.name: record[f.name] for f in fields(cls)}
         for f in fields(cls):
-            wanted = str if f.name in ("fingerprint", "shuffle") else int
+            wanted = str if f.name in ("fingerprint", "packing", "shuffle") else int
             if f.name != "skip" and type(values[f.name]) is not wanted:
                 raise StateMismatch(f"{f.name} must be of type {wanted.__name__}", value=values[f.name], place=_PLACE)
         values["skip"] = SkipRanges(values["skip"]).ranges
@@ -107,5 +110,5 @@ class LoaderState:
                 "the state must come from the same tokens in the same order",
                 value="; ".join(differences),
                 place=_PLACE,
-                hint="open the data set that the run was started with, with the same seed, seq_len and shuffle",
+                hint="open the data set that the run was started with, with the same seed, seq_len, packing and shuffle",
             )

@@ -1,9 +1,9 @@
 """The tables of an open data set: the shard table in memory, slices of the larger ones read by need, each one checked."""
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -24,10 +24,12 @@ from .format import (
     TableInfo,
 )
 
-__all__ = ["Span", "Tables"]
+__all__ = ["Documents", "Span", "Tables"]
 
 _WHOLE_BYTES = 4 << 20  # a table up to this size is one GET, then memory: 170,000 blocks, 0.4 x 10^12 uint16 tokens
 _KEPT_SLICES = 4096
+_KEPT_LENGTHS_BYTES = 64 << 20  # a window is planned from a part of its shard's lengths, which have one checksum
+_DOCUMENTS_PER_PASS = 1 << 15
 _CONCURRENT_GETS = 8
 
 
@@ -40,13 +42,20 @@ class Span(NamedTuple):
     end: int
 
 
-# Guarantees: any thread may call any method. `_lock` guards `_whole` and `_slices`; nothing is read from the store
-# under it, so two threads may read the same slice twice, which is harmless.
+class Documents(NamedTuple):
+    """Consecutive documents: document ``first + i`` is tokens ``[borders[i], borders[i + 1])`` of the set."""
+
+    first: int
+    borders: NDArray[np.int64]
+
+
+# Guarantees: any thread may call any method. `_lock` guards `_whole`, `_slices` and `_lengths`; nothing is read from the
+# store under it, so two threads may read the same slice twice, which is harmless.
 class Tables:
     """Manifest and tables of one data set.
 
     Opening costs two reads. After that, a shard's rows of ``blocks.arrow`` are one range read, kept for later; so are
-    its document lengths, not kept.
+    its document lengths.
     """
 
     def __init__(self, store: ObjectStore, manifest: Manifest, shards: ShardTable) -> None:
@@ -57,6 +66,8 @@ class Tables:
         self._lock = threading.Lock()
         self._whole: dict[str, memoryview] = {}
         self._slices: OrderedDict[int, BlockTable] = OrderedDict()
+        self._lengths: OrderedDict[int, NDArray[np.uint32]] = OrderedDict()
+        self._lengths_bytes = 0
 
     @classmethod
     def open(cls, store: ObjectStore) -> Self:
@@ -112,6 +123,11 @@ class Tables:
                 self._slices.popitem(last=False)
         return rows
 
+    def first_token(self, block: int) -> int:
+        """A block's first token, from the table, so that no block is fetched for one token."""
+        shard = self.shard_of(block)
+        return int(self.blocks(shard).first_token[block - int(self.blocks_before[shard])])
+
     def preload(self, shards: Iterable[int]) -> None:
         """Bring in the block rows of several shards, concurrently where that takes more than one request."""
         with self._lock:
@@ -126,6 +142,21 @@ class Tables:
         Raises:
             CorruptBlock, CorruptRecord: the table is damaged.
         """
+        with self._lock:
+            kept = self._lengths.get(shard)
+            if kept is not None:
+                self._lengths.move_to_end(shard)
+                return kept
+        lengths = self._read_lengths(shard)
+        with self._lock:
+            if shard not in self._lengths:
+                self._lengths[shard] = lengths
+                self._lengths_bytes += lengths.nbytes
+            while self._lengths_bytes > _KEPT_LENGTHS_BYTES and len(self._lengths) > 1:
+                self._lengths_bytes -= self._lengths.popitem(last=False)[1].nbytes
+        return lengths
+
+    def _read_lengths(self, shard: int) -> NDArray[np.uint32]:
         count = int(self.shards.documents_before[shard + 1] - self.shards.documents_before[shard])
         start = int(self.shards.lengths_start[shard])
         data = self._read(
@@ -136,6 +167,37 @@ class Tables:
             int(self.shards.lengths_crc32c[shard]),
         )
         return np.frombuffer(data, "<u4")
+
+    def all_lengths(self) -> Iterator[NDArray[np.uint32]]:
+        """Document lengths of all shards in order, each once, read a few shards ahead and not kept."""
+        with ThreadPoolExecutor(_CONCURRENT_GETS, thread_name_prefix="stoker-tables") as pool:
+            coming: deque[Future[NDArray[np.uint32]]] = deque()
+            for shard in range(len(self.shards)):
+                coming.append(pool.submit(self._read_lengths, shard))
+                if len(coming) > _CONCURRENT_GETS:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def documents(self, start: int, end: int) -> Documents:
+        """The documents that have tokens in ``[start, end)`` of the set."""
+        block = start >> self.block_shift
+        shard = self.shard_of(block)
+        rows = self.blocks(shard)
+        row = block - int(self.blocks_before[shard])
+        first = int(rows.first_doc[row])
+        begin = (block << self.block_shift) - int(rows.first_doc_offset[row])
+        borders, document = [np.array([begin])], first
+        while begin < end:
+            home = int(np.searchsorted(self.shards.documents_before, document, side="right")) - 1
+            at = document - int(self.shards.documents_before[home])
+            lengths = self.lengths(home)[at : at + _DOCUMENTS_PER_PASS]
+            borders.append(begin + np.cumsum(lengths, dtype=np.int64))
+            document, begin = document + len(lengths), int(borders[-1][-1])
+        joined = np.concatenate(borders)
+        low = int(np.searchsorted(joined, start, side="right")) - 1
+        high = int(np.searchsorted(joined, end, side="left"))
+        return Documents(first + low, joined[low : high + 1])
 
     def spans(self, start: int, end: int) -> list[Span]:
         """The documents that tokens ``[start, end)`` of the set belong to."""

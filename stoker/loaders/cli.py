@@ -1,18 +1,45 @@
-"""``stoker data``: make, show and check token data sets."""
+"""``stoker data``: make, show and check token data sets, and what a run reads of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .._console import JsonFlag, StorageOptions, emit, new_app, parse_options, progress
+from ..errors import ConfigError
 from ..storage._units import format_bytes
+
+if TYPE_CHECKING:
+    from .dataset import TokenDataset
+    from .order import Shuffle, Window
 
 __all__ = ["app"]
 
-app = new_app("Make, show and check token data sets.")
+app = new_app("Make, show and check token data sets, and what a run reads of them.")
 
 _Url = Annotated[str, typer.Argument(metavar="URL", help="Plain path or URL of a data set.")]
+_SeqLen = Annotated[int | None, typer.Option(help="Tokens of a sample.")]
+_GlobalBatch = Annotated[int | None, typer.Option(help="Rows of a step, of all ranks together.")]
+_WorldSize = Annotated[int, typer.Option(help="Ranks that read; divides the rows of a step.")]
+_Seed = Annotated[int | None, typer.Option(help="Of the order.", show_default="0")]
+_ShuffleName = Annotated[
+    str | None,
+    typer.Option("--shuffle", help="window, full, none, or window:LANES:BLOCKS.", show_default="window"),
+]
+_PackingName = Annotated[
+    str | None,
+    typer.Option(
+        "--packing", help="concat, best_fit or pad; best_fit:truncate, pad:drop and so on.", show_default="concat"
+    ),
+]
+_Documents = Annotated[bool, typer.Option("--documents", help="With the borders of documents, also in concat.")]
+_Epochs = Annotated[int, typer.Option(help="Length of a run; 0 never ends.")]
+_Skip = Annotated[
+    list[str] | None, typer.Option(metavar="A:B", help="Stream positions to jump over, B not among them; may repeat.")
+]
 
 
 @app.command("pack")
@@ -151,3 +178,222 @@ def verify(url: _Url, json: JsonFlag = False, option: StorageOptions = None) -> 
     emit(report.to_json(), "\n".join([*lines, f"{report.url}: {checked} checked: {verdict}"]), as_json=json)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command("explain")
+def explain(
+    url: _Url,
+    steps: Annotated[str, typer.Option(metavar="A:B", help="Steps, B not among them; A alone is one step.")],
+    seq_len: _SeqLen = None,
+    global_batch: _GlobalBatch = None,
+    world_size: _WorldSize = 1,
+    seed: _Seed = None,
+    shuffle: _ShuffleName = None,
+    packing: _PackingName = None,
+    documents: _Documents = False,
+    epochs: _Epochs = 1,
+    skip: _Skip = None,
+    json: JsonFlag = False,
+    option: StorageOptions = None,
+) -> None:
+    """Show where each row of a step comes from: data file, document, tokens. Reads tables, no tokens.
+
+    Give what the run was started with. Steps count from its first one, through all its epochs.
+
+    \b
+    stoker data explain /data/docs --steps 1700 --seq-len 2048 --global-batch 512
+    stoker data explain s3://bucket/web --steps 10:12 --seq-len 4096 --global-batch 120 --world-size 8 --json
+    """
+    from .loader import TokenLoader
+    from .replay import parse_range
+
+    if seq_len is None or global_batch is None:
+        raise ConfigError("--seq-len and --global-batch are needed", place="stoker data explain")
+    if world_size < 1 or global_batch < 1 or global_batch % world_size:
+        raise ConfigError("--world-size must be >= 1 and divide --global-batch", value=world_size, place="--world-size")
+    first, end = parse_range(steps, place="--steps")
+    if end is None or not 0 <= first < end:
+        raise ConfigError("must be a range A:B with 0 <= A < B", value=steps, place="--steps")
+    with _opened(url, option, seq_len=seq_len, packing=_packing(packing), documents=documents) as dataset:
+        loader = TokenLoader(
+            dataset,
+            batch_size=global_batch // world_size,
+            rank=0,
+            world_size=world_size,
+            seed=seed or 0,
+            shuffle=_shuffle(shuffle) or "window",
+            epochs=epochs or None,
+            skip=_skips(skip),
+        )
+        rows = []
+        with loader, progress("explaining", total=end - first, unit="steps") as meter:
+            for step in range(first, end):
+                for origin in loader.explain(step):
+                    spans = [{"source": dataset.url, **span._asdict()} for span in origin.spans]
+                    rows.append({"step": step, **origin._asdict(), "spans": spans})
+                meter.advance(1)
+    report = {
+        "ok": True,
+        "url": dataset.url,
+        "fingerprint": dataset.fingerprint,
+        "seq_len": seq_len,
+        "global_batch": global_batch,
+        "world_size": world_size,
+        "seed": seed or 0,
+        "rows": rows,
+    }
+    emit(report, f"{dataset.url}\n{_origins(rows)}", as_json=json)
+
+
+def _origins(rows: list[dict[str, Any]]) -> str:
+    """A line for each span; what a row's further spans share with its first is left blank."""
+    names = ("step", "position", "epoch", "rank", "row", "sample")
+    table = [[*names, "shard", "document", "tokens"]]
+    for row in rows:
+        for i, span in enumerate(row["spans"]):
+            head = [f"{row[name]}" if i == 0 else "" for name in names]
+            table.append([*head, f"{span['shard']}", f"{span['document']}", f"[{span['start']}, {span['end']})"])
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in table)
+
+
+@app.command("replay")
+def replay(
+    url: _Url,
+    steps: Annotated[
+        str, typer.Option(metavar="A:B", help="Steps, B not among them; open at the end of the run.")
+    ] = "0:",
+    hash_rows: Annotated[bool, typer.Option("--hash", help="Print a digest of each step and one of all.")] = False,
+    seq_len: _SeqLen = None,
+    global_batch: _GlobalBatch = None,
+    world_size: _WorldSize = 1,
+    seed: _Seed = None,
+    shuffle: _ShuffleName = None,
+    packing: _PackingName = None,
+    documents: _Documents = False,
+    epochs: _Epochs = 1,
+    skip: _Skip = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSON of a loader's state to start from; steps then count from the next one."
+        ),
+    ] = None,
+    json: JsonFlag = False,
+    option: StorageOptions = None,
+) -> None:
+    """Read the rows of steps as all ranks of a run would, without a trainer; digests tell whether two runs saw the same.
+
+    A step's digest is the same for any number of ranks and any stops in between. What --state holds need not be given.
+
+    \b
+    stoker data replay /data/docs --steps 0:100 --hash --seq-len 2048 --global-batch 512 --world-size 8
+    stoker data replay s3://bucket/web --state loader.json --steps 0:10 --hash --json
+    """
+    from ._state import LoaderState
+    from .replay import Replay, digest_of_step, digest_of_stream, load_state, parse_range
+
+    first, end = parse_range(steps, place="--steps")
+    saved = None if state is None else load_state(state)
+    if seq_len is None:
+        if saved is None:
+            raise ConfigError("--seq-len is needed, unless --state tells it", place="stoker data replay")
+        seq_len = LoaderState.from_dict(saved).seq_len
+    if packing is None and saved is not None:
+        kind, _, rest = str(saved.get("packing", "concat")).partition("-")  # such as best_fit-1/split
+        packing = ":".join([kind, *rest.split("/")[1:]])
+    began = perf_counter()
+    digests: list[bytes] = []
+    with _opened(url, option, seq_len=seq_len, packing=_packing(packing), documents=documents) as dataset:
+        run = Replay(
+            dataset,
+            global_batch=global_batch,
+            world_size=world_size,
+            seed=seed,
+            shuffle=_shuffle(shuffle),
+            epochs=epochs or None,
+            skip=_skips(skip),
+            state=saved,
+            first=first,
+            end=end,
+        )
+        with run, progress("replaying", total=len(run), unit="steps") as meter:
+            for step in run:
+                if hash_rows:
+                    digests.append(digest_of_step(step.batches))
+                last = step.state
+                meter.advance(1)
+    elapsed_s = perf_counter() - began
+    rows = len(run) * run.global_batch
+    report: dict[str, Any] = {
+        "ok": True,
+        "url": dataset.url,
+        "fingerprint": dataset.fingerprint,
+        "seq_len": seq_len,
+        "global_batch": run.global_batch,
+        "world_size": world_size,
+        "seed": last["seed"],
+        "first": run.first,
+        "end": run.end,
+        "rows": rows,
+        "tokens": rows * seq_len,
+        "elapsed_s": elapsed_s,
+        "state": last,
+    }
+    if hash_rows:
+        report["steps"] = [{"step": run.first + i, "sha256": digest.hex()} for i, digest in enumerate(digests)]
+        report["sha256"] = digest_of_stream(digests)
+    lines = [f"step {run.first + i}: {digest.hex()}" for i, digest in enumerate(digests)]
+    lines += [f"all: {report['sha256']}"] if hash_rows else []
+    lines.append(
+        f"{dataset.url}: steps {run.first}:{run.end}, {rows:,} rows, {rows * seq_len:,} tokens, "
+        f"read by {world_size:,} {'rank' if world_size == 1 else 'ranks'} in {elapsed_s:.1f} s"
+    )
+    emit(report, "\n".join(lines), as_json=json)
+
+
+@contextmanager
+def _opened(url: str, option: list[str] | None, **choices: Any) -> "Iterator[TokenDataset]":
+    from ..storage import TieredCache
+    from ..storage.store import is_local_url
+    from .dataset import TokenDataset
+
+    # A remote data set is read through the node's cache, closed with it: no thread outlives the command.
+    with (
+        nullcontext() if is_local_url(url) else TieredCache() as cache,
+        TokenDataset(url, cache=cache, storage_options=parse_options(option), **choices) as dataset,
+    ):
+        yield dataset
+
+
+def _shuffle(name: str | None) -> "Shuffle | Window | None":
+    from .order import Window
+
+    if name is None or not name.startswith("window:"):
+        return name  # type: ignore[return-value]  # checked by the order
+    try:
+        lanes, blocks = (int(part) for part in name.split(":")[1:])
+    except ValueError:
+        raise ConfigError("must be window:LANES:BLOCKS, in whole numbers", value=name, place="--shuffle") from None
+    return Window(lanes=lanes, blocks=blocks)
+
+
+def _packing(name: str | None) -> Any:
+    """What the data set takes as `packing`; ``kind:long`` is one with a setting."""
+    from .packing import BestFit, Pad
+
+    kind, colon, long = (name or "concat").partition(":")
+    makers: dict[str, Any] = {"best_fit": BestFit, "pad": Pad}
+    return makers[kind](long=long) if colon and kind in makers else name or "concat"
+
+
+def _skips(ranges: list[str] | None) -> list[tuple[int, int]]:
+    from .replay import parse_range
+
+    skips = []
+    for text in ranges or []:
+        start, end = parse_range(text, place="--skip")
+        if end is None:
+            raise ConfigError("must have an end", value=text, place="--skip")
+        skips.append((start, end))
+    return skips

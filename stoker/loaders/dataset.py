@@ -7,26 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from ..errors import ConfigError, EmptyInput, StateMismatch, UnsupportedError
+from ..errors import ConfigError, EmptyInput, StateMismatch
 from ..storage.cache import TieredCache
 from ..storage.store import ObjectStore, open_store, redact_url
 from ._gather import RowGather, row_index
+from ._packed import DocumentRows, PackedRows, PackingReport, PieceGather, RowBorders
 from ._source import CachedSource, LocalSource, Source
 from ._tables import Span, Tables
 from .format import Manifest
+from .packing import BestFit, Concat, Pad, resolve
 
-__all__ = ["GatherPlan", "Labels", "Packing", "Span", "TokenDataset"]
+__all__ = ["GatherPlan", "Labels", "PackedPlan", "Packing", "PackingReport", "Span", "TokenDataset"]
 
 logger = logging.getLogger(__name__)
 
-Packing = Literal["concat", "best_fit", "pad"]
+Packing: TypeAlias = Literal["concat", "best_fit", "pad"] | BestFit | Pad
 Labels = Literal["shifted", "same"]
 
 _default_cache: TieredCache | None = None
@@ -63,15 +65,39 @@ class GatherPlan:
         return len(self._first)
 
 
+@dataclass(slots=True)
+class PackedPlan:
+    """Rows made of pieces of documents. Made by :meth:`TokenDataset.plan`; opaque."""
+
+    _samples: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
 # Guarantees: any thread may call any method; `_lock` guards `_source` and what it holds. A gather of rows that are
 # ready takes no lock: their memory is held by the plan. After a fork the child opens its own store, lock and source.
 class TokenDataset(Dataset[dict[str, torch.Tensor]]):
-    """Map-style view of a token data set: sample `i` is the tokens ``[i * seq_len, i * seq_len + seq_len + 1)``.
+    """Map-style view of a token data set as samples of `seq_len` tokens.
 
-    ``len(ds)`` is ``(tokens - 1) // seq_len``; the rest, fewer than ``seq_len + 1`` tokens, is in no sample. Samples
-    cross document and shard borders. ``ds[i]`` is ``{"input_ids", "labels"}``, two int64 tensors of shape
-    ``(seq_len,)`` in fresh memory that the caller owns. Works in a stock ``DataLoader`` with any number of workers
-    (fork, spawn, forkserver): a pickled data set reopens from its configuration and refuses another content.
+    ``ds[i]`` is ``{"input_ids", "labels"}``, two int64 tensors of shape ``(seq_len,)`` in fresh memory that the caller
+    owns. Works in a stock ``DataLoader`` with any number of workers (fork, spawn, forkserver): a pickled data set
+    reopens from its configuration and refuses another content.
+
+    **Concatenated.** With ``packing="concat"`` sample `i` is the tokens ``[i * seq_len, i * seq_len + seq_len + 1)``,
+    across documents and shards. ``len(ds)`` is ``(tokens - 1) // seq_len``; the rest, fewer than ``seq_len + 1`` tokens,
+    is in no sample.
+
+    **With the borders of documents.** With ``documents=True``, and always with the other packings, a sample is a row of
+    *pieces*, each from one document, and padding at the end if they don't fill it. It has three more tensors of shape
+    ``(seq_len,)``: ``position_ids``, int64, which restart at 0 with each piece; ``doc_ids``, int64, the document's
+    number in the data set, -1 for padding; ``loss_mask``, bool. Where the mask is False the label is -100: for padding,
+    and where the label would be the first token of another document. A document that is cut goes on in another row: the
+    last label of its piece is its next token all the same. Padding is a piece of its own, of end tokens (0 without).
+
+    Which pieces make up a row depends on the lengths of the documents alone, window by window (:mod:`.packing`):
+    with ``"best_fit"`` nearly all documents stay whole and nothing is lost, with ``"pad"`` each has rows of its own.
+    :meth:`packing_report` counts what is kept, padded and cropped.
 
     Local data is mapped in place. Every block is compared with its CRC32C before its first use in this process; remote
     blocks come through `cache`, which checks them.
@@ -79,10 +105,13 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     Args:
         url: plain path or URL of the data set's root.
         seq_len: tokens of a sample, at least 1.
-        packing: ``"concat"``; the others are not done yet.
+        packing: ``"concat"``, ``"best_fit"`` or ``"pad"``; or a :class:`~stoker.loaders.BestFit` or
+            :class:`~stoker.loaders.Pad`, which say what becomes of documents longer than a row. All but
+            ``"concat"`` and a best fit that splits read the lengths of all documents when the data set is opened.
         labels: ``"shifted"``: labels are the next tokens, for losses that don't shift. ``"same"``: labels equal
-            input_ids, as Hugging Face models want them, which shift themselves.
-        documents: add document borders to samples; not done yet.
+            input_ids, as Hugging Face models want them, which shift themselves; with borders of documents, the first
+            label of each piece is -100, because the model predicts it from the piece before.
+        documents: add the borders of documents to samples of ``"concat"``.
         cache: where remote blocks are kept. Without it, remote data sets of a process share one default
             :class:`~stoker.storage.TieredCache`. Unused by local data.
         storage_options: options of the object store, as :func:`~stoker.storage.open_store` takes them.
@@ -91,7 +120,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     Raises:
         KeyNotFound, BucketNotFound: no data set there.
         UnknownVersion, FormatError, CorruptRecord: not a data set that this version reads.
-        EmptyInput: fewer than ``seq_len + 1`` tokens.
+        EmptyInput: not a single sample.
+        UnsupportedError: a packing that reads all document lengths, and more than 10^8 documents.
         CorruptBlock, ObjectChanged: on access: damaged or truncated data, by file and byte range.
 
     A file that is truncated while it is mapped ends the process with SIGBUS, as with any mapped file: data sets are
@@ -106,6 +136,21 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     ...     with TokenDataset(url, seq_len=3) as ds:
     ...         len(ds), ds[0]["input_ids"].tolist(), ds[0]["labels"].tolist(), ds.explain(1)
     (2, [5, 6, 7], [6, 7, 0], [Span(shard=0, document=0, start=3, end=4), Span(shard=0, document=1, start=0, end=3)])
+
+    Best fit keeps both documents whole:
+
+    >>> with tempfile.TemporaryDirectory() as url:
+    ...     with TokenWriter(url, dtype="uint16", eos_id=0) as writer:
+    ...         writer.write([5, 6, 7])
+    ...         writer.write([8])
+    ...     with TokenDataset(url, seq_len=6, packing="best_fit") as ds:
+    ...         for name, value in ds[0].items():
+    ...             print(name, value.int().tolist())
+    input_ids [5, 6, 7, 0, 8, 0]
+    labels [6, 7, 0, -100, 0, -100]
+    position_ids [0, 1, 2, 3, 0, 1]
+    doc_ids [0, 0, 0, 0, 1, 1]
+    loss_mask [1, 1, 1, 0, 1, 0]
     """
 
     def __init__(
@@ -122,21 +167,10 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         if seq_len < 1:
             raise ConfigError("seq_len must be >= 1", value=seq_len, place="TokenDataset")
-        if packing not in get_args(Packing):
-            raise ConfigError(
-                f"packing must be one of {', '.join(get_args(Packing))}", value=packing, place="TokenDataset"
-            )
+        packer = resolve(packing, "TokenDataset")
         if labels not in get_args(Labels):
             raise ConfigError(
                 f"labels must be one of {', '.join(get_args(Labels))}", value=labels, place="TokenDataset"
-            )
-        if packing != "concat":
-            raise UnsupportedError(
-                "this version packs by 'concat' only", value=packing, place="TokenDataset", hint='packing="concat"'
-            )
-        if documents:
-            raise UnsupportedError(
-                "this version gives no document borders", value="documents=True", place="TokenDataset"
             )
         self._config: dict[str, Any] = {
             "url": str(url),
@@ -153,8 +187,15 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self.labels: Labels = labels
         self._tables = Tables.open(self._open_store())
         self.manifest: Manifest = self._tables.manifest
-        self._length = (self.manifest.tokens - 1) // seq_len
+        self.packing = packer.name
+        self.documents = documents or not isinstance(packer, Concat)
+        self._packed = PackedRows(self._tables, packer, seq_len=seq_len) if self.documents else None
+        self._length = (self.manifest.tokens - 1) // seq_len if self._packed is None else self._packed.rows
         if not self._length:
+            if not isinstance(packer, Concat):
+                raise EmptyInput(
+                    f"packing {packer.name} must leave a document", value=f"seq_len {seq_len}", place=self.url
+                )
             raise EmptyInput(
                 f"one sample takes seq_len + 1 = {seq_len + 1} tokens",
                 value=f"{self.manifest.tokens} tokens",
@@ -165,6 +206,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self._shift = self._tables.block_shift
         self._mask = self.manifest.block_tokens - 1
         self._gather = RowGather(self._dtype, seq_len, shifted=labels == "shifted")
+        self._gather_pieces = PieceGather(self._tables, seq_len=seq_len, shifted=labels == "shifted")
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._closed = False
@@ -181,6 +223,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     @property
     def samples_per_block(self) -> int:
         """Samples of an order block, a power of two: what a shuffle window is made of."""
+        if self._packed is not None:
+            return self._packed.rows_per_window
         samples = self.manifest.order_blocks * self.manifest.block_tokens // self.seq_len
         return 1 << (samples.bit_length() - 1) if samples else 1
 
@@ -205,6 +249,11 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         if ((wanted < 0) | (wanted >= self._length)).any():
             # The builtin, because iteration over a sequence ends with it.
             raise IndexError(f"{self.url}: sample index must be in [0, {self._length}), got {list(indices)}")
+        if self._packed is not None:
+            arrays = DocumentRows.empty(len(wanted), self.seq_len)
+            self.gather_documents(self.plan(wanted), 0, len(wanted), arrays)
+            columns = [torch.from_numpy(array).unbind() for array in arrays]
+            return [dict(zip(DocumentRows._fields, row, strict=True)) for row in zip(*columns, strict=True)]
         input_ids = np.empty((len(wanted), self.seq_len), np.int64)
         labels = np.empty_like(input_ids)
         self.gather(wanted, input_ids, labels)
@@ -215,11 +264,12 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         """Fill the caller's two C-contiguous ``(n, seq_len)`` arrays with samples by number, any order, repeats allowed."""
         self.gather_planned(self.plan(samples), 0, len(samples), input_ids, labels)
 
-    def plan(self, samples: NDArray[np.int64]) -> GatherPlan:
+    def plan(self, samples: NDArray[np.int64]) -> GatherPlan | PackedPlan:
         """Locate the rows of many batches in one vectorised pass; no data is read.
 
         `samples` are ``(n,)`` sample numbers in the order of delivery. Rows whose blocks are resident and checked are
-        ready at once; :meth:`gather_planned` fetches and checks the blocks of the others when it comes to them.
+        ready at once; :meth:`gather_planned` fetches and checks the blocks of the others when it comes to them. Rows
+        with borders of documents are located then as well, so that a first batch waits for its own windows alone.
 
         Raises:
             ConfigError: a number outside ``[0, len(self))``.
@@ -228,6 +278,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         if samples.size and (samples.min() < 0 or samples.max() >= self._length):
             wrong = samples[(samples < 0) | (samples >= self._length)][0]
             raise ConfigError(f"sample numbers are in [0, {self._length})", value=wrong, place=self.url)
+        if self._packed is not None:
+            return PackedPlan(samples)
         first = samples * self.seq_len
         plan = GatherPlan(
             _first=first,
@@ -239,12 +291,37 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         return plan
 
     def gather_planned(
-        self, plan: GatherPlan, start: int, end: int, input_ids: NDArray[np.int64], labels: NDArray[np.int64]
+        self,
+        plan: GatherPlan | PackedPlan,
+        start: int,
+        end: int,
+        input_ids: NDArray[np.int64],
+        labels: NDArray[np.int64],
     ) -> None:
         """Fill ``(end - start, seq_len)`` arrays with rows ``[start, end)`` of a plan; cheapest in ascending order."""
+        if isinstance(plan, PackedPlan):
+            others = DocumentRows.empty(end - start, self.seq_len)
+            self.gather_documents(plan, start, end, others._replace(input_ids=input_ids, labels=labels))
+            return
         if start < plan._start or end > plan._end:
             self._make_ready(plan, start, end)
         self._gather(plan._rows[start:end], input_ids, labels)
+
+    def gather_documents(self, plan: GatherPlan | PackedPlan, start: int, end: int, rows: DocumentRows) -> RowBorders:
+        """Fill all arrays of rows ``[start, end)`` of a plan, and tell where their pieces end.
+
+        Raises:
+            ConfigError: samples of this data set carry no borders.
+        """
+        if self._packed is None or not isinstance(plan, PackedPlan):
+            raise ConfigError("only packed samples and documents=True have borders", value=self.packing, place=self.url)
+        self._renew_after_fork()
+        pieces = self._packed.pieces(self._tables, plan._samples[start:end])
+        blocks = self._gather_pieces.blocks(pieces)
+        with self._locked_source() as source:
+            source.acquire(blocks)
+            located = self._gather_pieces.locate(pieces, blocks, source, self._tables)
+        return self._gather_pieces(located, rows)
 
     def _make_ready(self, plan: GatherPlan, start: int, end: int) -> None:
         """Fetch and check what rows [start, end) need; take the rows after them along as far as all is resident."""
@@ -281,32 +358,58 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         block, offset = end >> self._shift, end & self._mask
         # The label of the last token often is the first token of the next block. The table of blocks has it, so that
         # no block is fetched for one token: it would double the bytes of a windowed order.
-        copy[-1] = source.tokens(block)[offset] if offset else self._first_token(block)
-
-    def _first_token(self, block: int) -> int:
-        shard = self._tables.shard_of(block)
-        return int(self._tables.blocks(shard).first_token[block - int(self._tables.blocks_before[shard])])
+        copy[-1] = source.tokens(block)[offset] if offset else self._tables.first_token(block)
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
         """Start to bring the blocks of `samples` into the cache, in the background; nothing to do for local data."""
         if self.is_local or not len(samples):
             return
-        first = np.asarray(samples, np.int64) * self.seq_len
-        blocks = self._blocks_between(first >> self._shift, (first + (self.seq_len - 1)) >> self._shift)
+        samples = np.asarray(samples, np.int64)
+        if self._packed is not None:  # a window's blocks together: its other rows come up soon
+            first, end = self._packed.stretch(np.unique(samples // self._packed.rows_per_window))
+            blocks = self._blocks_between(first >> self._shift, (end - 1) >> self._shift)
+        else:
+            first = samples * self.seq_len
+            blocks = self._blocks_between(first >> self._shift, (first + (self.seq_len - 1)) >> self._shift)
         with self._locked_source() as source:
             missing = blocks[source.rows[blocks] == 0]
         if missing.size:
             source.prefetch(missing)
 
     def explain(self, sample: int) -> list[Span]:
-        """The documents that a sample's ``seq_len + 1`` tokens come from, in order. Reads tables, no tokens.
+        """The documents that a sample's tokens come from, in order. Reads tables, no tokens.
 
-        A document that goes on in another data file gives two spans.
+        Without borders of documents these are its ``seq_len + 1`` tokens, else those of its pieces. A document that
+        goes on in another data file gives two spans.
         """
         if not 0 <= sample < self._length:
             raise ConfigError(f"sample numbers are in [0, {self._length})", value=sample, place=self.url)
         self._renew_after_fork()
-        return self._tables.spans(sample * self.seq_len, sample * self.seq_len + self.seq_len + 1)
+        if self._packed is None:
+            return self._tables.spans(sample * self.seq_len, sample * self.seq_len + self.seq_len + 1)
+        pieces = self._packed.pieces(self._tables, np.array([sample])).tolist()
+        return [
+            span for begin, length, *_ in pieces if begin >= 0 for span in self._tables.spans(begin, begin + length)
+        ]
+
+    def packing_report(self) -> PackingReport:
+        """Count what is kept, padded and cropped of the whole data set; see :class:`PackingReport`.
+
+        With borders of documents this reads all lengths and plans every window: a second or two for 10^9 tokens.
+        """
+        self._renew_after_fork()
+        if self._packed is not None:
+            return self._packed.report(self._tables, shifted=self.labels == "shifted")
+        kept = self._length * self.seq_len
+        return PackingReport(
+            rows=self._length,
+            kept_tokens=kept,
+            padded_tokens=0,
+            cropped_tokens=self.manifest.tokens - kept,
+            trained_tokens=kept,
+            masked_tokens=0,
+            max_pieces=1,
+        )
 
     def close(self) -> None:
         """Let go of maps, leases and the store. Harmless when called twice; plans that are alive stay readable."""
@@ -333,6 +436,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         if self._pid != os.getpid():
             # Another thread of the parent may have held the lock, and clients of object stores don't survive a fork.
             self._lock, self._pid, self._source = threading.Lock(), os.getpid(), None
+            if self._packed is not None:
+                self._packed.renew_after_fork()
             if not self.is_local:
                 self._tables = Tables(self._open_store(), self.manifest, self._tables.shards)
 

@@ -21,6 +21,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..metrics import counters
 from ._buffers import DeviceBuffers, HostBuffers, usable_device
 from ._lookahead import Lookahead
+from ._packed import DocumentRows, RowBorders
 from ._placement import place_in_group
 from ._state import LoaderState
 from .order import ORDER_VERSION, OrderV1, Shuffle, SkipRanges, Window, consecutive_rank_rows, rank_rows
@@ -32,7 +33,8 @@ __all__ = ["Batch", "LoaderStats", "RowOrigin", "Samples", "TokenLoader"]
 
 logger = logging.getLogger(__name__)
 
-Batch: TypeAlias = dict[str, torch.Tensor]
+Batch: TypeAlias = dict[str, Any]
+"""Tensors by name, and ``max_seqlen``, an int, where the source has borders of documents."""
 
 _PLACE = "TokenLoader"
 # Order and places are computed for this many rows in one call, and for 64 batches at least. Between two batches such a
@@ -49,10 +51,13 @@ class Samples(Protocol):
 
     ``plan`` locates many rows without reading data; ``gather_planned`` fills two C-contiguous int64 arrays of shape
     ``(end - start, seq_len)`` with rows ``[start, end)`` of a plan, raising what it could not read; ``prefetch`` starts
-    to bring the blocks of samples near and returns at once.
+    to bring the blocks of samples near and returns at once. `packing` names how samples are cut, for the state. If
+    `documents` is true, the loader calls ``gather_documents`` instead of ``gather_planned``.
     """
 
     seq_len: int
+    packing: str
+    documents: bool
 
     def __len__(self) -> int: ...
     @property
@@ -65,6 +70,7 @@ class Samples(Protocol):
     def gather_planned(
         self, plan: Any, start: int, end: int, input_ids: NDArray[np.int64], labels: NDArray[np.int64]
     ) -> None: ...
+    def gather_documents(self, plan: Any, start: int, end: int, rows: DocumentRows) -> RowBorders: ...
     def prefetch(self, samples: NDArray[np.int64]) -> None: ...
     def explain(self, sample: int) -> Sequence[Any]: ...
 
@@ -80,6 +86,8 @@ class LoaderStats(NamedTuple):
         position: the stream's position over all epochs, of all ranks together. epoch: the one it lies in.
         skipped_rows: positions jumped over by `skip` in the current run of epochs, all ranks together.
         dropped_rows: rows at the ends of finished runs that did not fill a global batch, all ranks together.
+        trained_tokens: delivered by this rank with a label. padded_tokens: that are padding. The rest of `tokens` has
+            no label because it stands at the border of a document.
     """
 
     batches: int
@@ -93,6 +101,8 @@ class LoaderStats(NamedTuple):
     epoch: int
     skipped_rows: int
     dropped_rows: int
+    trained_tokens: int
+    padded_tokens: int
 
 
 class RowOrigin(NamedTuple):
@@ -125,6 +135,11 @@ class TokenLoader(IterableDataset[Batch]):
     Steps run on over the borders of epochs; only what does not fill a global batch at the end of a run is dropped, and
     counted.
 
+    With borders of documents (see :class:`~stoker.loaders.TokenDataset`) a batch also has ``position_ids`` and
+    ``doc_ids``, int64, and ``loss_mask``, bool, all ``(batch_size, seq_len)``; and for attention within each piece of
+    the flattened batch ``cu_seqlens``, int32 from 0 to ``batch_size * seq_len``, and ``max_seqlen``, a Python int, as
+    ``torch.nn.attention.varlen.varlen_attn`` and flash attention want them. Rows start pieces, and padding is one.
+
     **Runs.** A loader is its own iterator. A run is `epochs` epochs long; ``iter`` after the end of a run starts the
     next one, in a new order. ``iter`` in the middle of a run goes on where the run stands: it never rewinds.
 
@@ -155,9 +170,14 @@ class TokenLoader(IterableDataset[Batch]):
         skip: ranges ``(start, end)`` of stream positions to jump over, end exclusive, the same on every rank. Those of
             a restored state are kept as well.
         prefetch_blocks: order blocks of a remote source that may be under way ahead of need.
+        cu_seqlens_size: for compiled graphs: `cu_seqlens` always has this many entries, of which the last ones repeat
+            the end, which reads as empty pieces, and `max_seqlen` is always `seq_len`. None: as many entries as there
+            are pieces and one, and the length of the longest. ``batch_size * max_pieces + 1`` of
+            :meth:`~stoker.loaders.TokenDataset.packing_report` is enough for every batch.
 
     Raises:
-        ConfigError: an argument breaks its rule, or a run does not fill one global batch.
+        ConfigError: an argument breaks its rule, or a run does not fill one global batch; from ``next``, a batch has
+            more pieces than `cu_seqlens_size` has room for.
         UnsupportedError: a mesh whose data-parallel dimensions can't be told.
         Whatever the source can't read (:class:`~stoker.errors.CorruptBlock`, ...) comes out of ``next``; the position
         has not moved then, and the next ``next`` tries the same batch again.
@@ -196,12 +216,26 @@ class TokenLoader(IterableDataset[Batch]):
         device: torch.device | str | None = None,
         skip: Iterable[Sequence[int]] = (),
         prefetch_blocks: int = 32,
+        cu_seqlens_size: int | None = None,
     ) -> None:
         _at_least_one("batch_size", batch_size)
         _at_least_one("prefetch_blocks", prefetch_blocks)
+        if cu_seqlens_size is not None:
+            if not source.documents:
+                raise ConfigError(
+                    "only batches with borders of documents have cu_seqlens",
+                    value=f"cu_seqlens_size={cu_seqlens_size}",
+                    place=_PLACE,
+                    hint="TokenDataset(..., documents=True)",
+                )
+            if cu_seqlens_size <= batch_size:
+                raise ConfigError(
+                    f"cu_seqlens_size must be above batch_size = {batch_size}", value=cu_seqlens_size, place=_PLACE
+                )
         if epochs is not None:
             _at_least_one("epochs", epochs, hint="None runs for ever")
         self.source = source
+        self._documents = source.documents
         self.batch_size = batch_size
         self.rank, self.world_size = place_in_group(rank, world_size, mesh)
         self.epochs = epochs
@@ -218,11 +252,13 @@ class TokenLoader(IterableDataset[Batch]):
         self._global_batch = batch_size * self.world_size
         self._skip = SkipRanges(skip)
         self._prefetch_blocks = prefetch_blocks
+        self._cu_seqlens_size = cu_seqlens_size
         self._position = 0  # everything before it is delivered, skipped or dropped
         self._run_start = 0
         self._ended = False  # StopIteration was raised and no iter() came after it
         self._closed = False
         self._buffers: HostBuffers | DeviceBuffers | None = None
+        self._padded = self._untrained = 0
         self._batches = self._dropped = self._wait_ns = self._counted_batches = self._counted_wait_ns = 0
         self._waits_ns: deque[int] = deque(maxlen=_WAITS_KEPT)
         # The planned steps: step `_at` of `_planned` is next, after `_steps_behind` of earlier plans.
@@ -281,17 +317,42 @@ class TokenLoader(IterableDataset[Batch]):
             self._lookahead.advance((self._steps_behind + at) * self.batch_size)
         buffers = self._buffers
         assert buffers is not None
-        pair = buffers.take()
+        arrays = buffers.take()
         first = at * self.batch_size
-        self.source.gather_planned(self._plan, first, first + self.batch_size, pair[0], pair[1])
-        input_ids, labels = buffers.deliver(pair)
-        batch = {"input_ids": input_ids, "labels": labels, "position": torch.from_numpy(self._rows[at])}
+        batch: Batch
+        if self._documents:
+            batch = self._gather_documents(buffers, DocumentRows(*arrays), first)
+        else:
+            self.source.gather_planned(self._plan, first, first + self.batch_size, arrays[0], arrays[1])
+            input_ids, labels = buffers.deliver(arrays)
+            batch = {"input_ids": input_ids, "labels": labels}
+        batch["position"] = torch.from_numpy(self._rows[at])
         self._at = at + 1
         self._position = self._ends[at]
         self._batches += 1
         waited = perf_counter_ns() - began
         self._wait_ns += waited
         self._waits_ns.append(waited)
+        return batch
+
+    def _gather_documents(self, buffers: HostBuffers | DeviceBuffers, rows: DocumentRows, first: int) -> Batch:
+        borders = self.source.gather_documents(self._plan, first, first + self.batch_size, rows)
+        ends, longest = borders.cu_seqlens, borders.max_seqlen
+        if self._cu_seqlens_size is not None:
+            if len(ends) > self._cu_seqlens_size:
+                raise ConfigError(
+                    f"cu_seqlens_size must hold the {len(ends) - 1} pieces of this batch and one",
+                    value=self._cu_seqlens_size,
+                    place=_PLACE,
+                    hint="batch_size * packing_report().max_pieces + 1 holds every batch",
+                )
+            ends = np.pad(ends, (0, self._cu_seqlens_size - len(ends)), mode="edge")
+            longest = self.source.seq_len
+        self._untrained += rows.loss_mask.size - int(np.count_nonzero(rows.loss_mask))
+        self._padded += borders.padded_tokens
+        batch: Batch = dict(zip(DocumentRows._fields, buffers.deliver(rows), strict=True))
+        batch["cu_seqlens"] = torch.from_numpy(ends).to(self.device or "cpu")
+        batch["max_seqlen"] = longest
         return batch
 
     def _plan_steps(self) -> None:
@@ -302,7 +363,10 @@ class TokenLoader(IterableDataset[Batch]):
         self._count()
         if self._buffers is None:
             shape = (self.batch_size, self.source.seq_len)
-            self._buffers = HostBuffers(shape) if self.device is None else DeviceBuffers(shape, self.device)
+            dtypes = DocumentRows.dtypes() if self._documents else (np.int64, np.int64)
+            self._buffers = (
+                HostBuffers(shape, dtypes) if self.device is None else DeviceBuffers(shape, dtypes, self.device)
+            )
         if not self._upcoming:
             self._prepare(self._position)
         if not self._upcoming:
@@ -380,6 +444,7 @@ class TokenLoader(IterableDataset[Batch]):
         order = self.order
         return LoaderState(
             fingerprint=self.source.fingerprint,
+            packing=self.source.packing,
             seq_len=self.source.seq_len,
             num_samples=order.num_samples,
             order_version=ORDER_VERSION,
@@ -435,6 +500,8 @@ class TokenLoader(IterableDataset[Batch]):
             epoch=self.epoch,
             skipped_rows=self._position - self._run_start - self._live_rows(self._run_start, self._position),
             dropped_rows=self._dropped,
+            trained_tokens=rows * self.source.seq_len - self._untrained,
+            padded_tokens=self._padded,
         )
 
     def explain(self, step: int) -> list[RowOrigin]:

@@ -1,14 +1,26 @@
-"""``stoker doctor``: what of this machine and of a store stands in a job's way. Nothing here imports torch."""
+"""``stoker doctor`` and ``stoker cache``: what stands in a job's way, what is kept near. Nothing here imports torch."""
 
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .._console import JsonFlag, StorageOptions, emit, parse_options, progress
+from .._console import JsonFlag, StorageOptions, emit, new_app, parse_options, progress
 from ..errors import ConfigError
 
-__all__ = ["doctor"]
+if TYPE_CHECKING:
+    from .upkeep import CachedBlock, CacheDirectory
+
+__all__ = ["cache_app", "doctor"]
+
+cache_app = new_app("Look into the block cache of this node, check it, fill it, empty it.")
+
+_Directory = Annotated[
+    Path | None, typer.Argument(metavar="DIR", help="Of a tier: what TieredCache got as disk=.", show_default="RAM's")
+]
 
 
 def doctor(
@@ -42,3 +54,147 @@ def doctor(
     emit(found.to_json(), found.to_text(), as_json=json)
     if not found.ok:
         raise typer.Exit(1)
+
+
+@cache_app.command("ls")
+def ls(
+    directory: _Directory = None,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Each block, not only sums by object.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show what a tier holds: which objects, how much of them, since when, and how many blocks are in use.
+
+    \b
+    stoker cache ls
+    stoker cache ls /nvme/stoker --blocks --json
+    """
+    with _opened(directory) as cache:
+        found = list(cache.blocks())
+        report: dict[str, Any] = {
+            "ok": True,
+            "directory": str(cache.path),
+            "capacity_bytes": cache.capacity_bytes,
+            "used_bytes": cache.used_bytes,
+            "blocks": len(found),
+            "objects": _by_object(found),
+        }
+    if blocks:
+        report["files"] = [asdict(block) for block in found]
+    emit(report, _listing(report), as_json=json)
+
+
+def _by_object(blocks: "Iterable[CachedBlock]") -> list[dict[str, Any]]:
+    sums: dict[tuple[str, str], dict[str, Any]] = {}
+    for block in blocks:
+        names = {"object": block.object, "version": block.version}
+        none_yet = {**names, "blocks": 0, "size_bytes": 0, "leased_blocks": 0, "since_unix_s": block.since_unix_s}
+        one = sums.setdefault((block.object or "", block.version or ""), none_yet)
+        one["blocks"] += 1
+        one["size_bytes"] += block.size_bytes
+        one["leased_blocks"] += block.is_leased
+        one["since_unix_s"] = min(one["since_unix_s"], block.since_unix_s)
+    return [one for _, one in sorted(sums.items())]
+
+
+def _listing(report: dict[str, Any]) -> str:
+    from ._units import format_bytes
+
+    rows = [("bytes", "blocks", "in use", "since", "object")]
+    for one in report["objects"]:
+        sums = (format_bytes(one["size_bytes"]), f"{one['blocks']:,}", f"{one['leased_blocks']:,}")
+        rows.append((*sums, _time(one["since_unix_s"]), _object(one)))
+    for block in report.get("files", ()):
+        span = "" if block["start"] is None else f" [{block['start']}, {block['end']})"
+        sums = (format_bytes(block["size_bytes"]), block["name"][:8], "yes" if block["is_leased"] else "no")
+        rows.append((*sums, _time(block["since_unix_s"]), f"{_object(block)}{span}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join((*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[4])) for row in rows]
+    used, capacity = (format_bytes(report[name]) for name in ("used_bytes", "capacity_bytes"))
+    return "\n".join([*lines, f"{report['directory']}: {report['blocks']:,} blocks, {used} of {capacity}"])
+
+
+def _object(row: dict[str, Any]) -> str:
+    return "(damaged header)" if row["object"] is None else f"{row['object']} @{row['version'][:8]}"
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+@cache_app.command("verify")
+def verify(
+    directory: _Directory = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove bad blocks: readers fetch them again.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Read every block of a tier and compare it with the checksum in its header; exit 1 if bad ones are left.
+
+    The cache itself checks each block at its first use, against the data set: this finds damage before that.
+
+    \b
+    stoker cache verify /nvme/stoker
+    stoker cache verify --repair --json
+    """
+    from ._units import format_bytes
+
+    with _opened(directory) as cache:
+        with progress("verifying", total=cache.used_bytes or None) as meter:
+            found = cache.verify(repair=repair, progress=meter.advance)
+        left = sum(not bad.removed for bad in found.bad)
+        report = {
+            "ok": not left,
+            "directory": str(cache.path),
+            "blocks": found.blocks,
+            "checked_bytes": found.checked_bytes,
+            "bad": [asdict(bad) for bad in found.bad],
+        }
+    lines = [
+        f"{bad.block.name}: {bad.problem}{': removed' if bad.removed else ''} ({_object(asdict(bad.block))})"
+        for bad in found.bad
+    ]
+    verdict = f"{len(found.bad):,} bad" + (f", {len(found.bad) - left:,} removed" if repair else "")
+    checked = f"{found.blocks:,} blocks, {format_bytes(found.checked_bytes)} checked"
+    lines.append(f"{report['directory']}: {checked}: {verdict if found.bad else 'ok'}")
+    emit(report, "\n".join(lines), as_json=json)
+    if left:
+        raise typer.Exit(1)
+
+
+@cache_app.command("evict")
+def evict(
+    directory: _Directory = None,
+    match: Annotated[
+        str | None, typer.Option("--match", metavar="PATTERN", help="Objects, as ls names them; * matches / too.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All blocks.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Remove blocks from a tier, those of some objects or all.
+
+    What caches with eviction have in use stays. Costs time only: views stay readable, and whoever needs a block again
+    fetches it.
+
+    \b
+    stoker cache evict --all
+    stoker cache evict /nvme/stoker --match 's3://bucket/old/*'
+    """
+    from ._units import format_bytes
+
+    if everything == (match is not None):
+        raise ConfigError("one of --match PATTERN and --all is needed", place="stoker cache evict")
+    with _opened(directory) as cache:
+        found = cache.evict(match)
+        report = {"ok": True, "directory": str(cache.path), **found._asdict()}
+    kept = f", {found.leased_blocks:,} in use kept" if found.leased_blocks else ""
+    freed = f"{found.blocks:,} blocks removed, {format_bytes(found.freed_bytes)} freed{kept}"
+    emit(report, f"{report['directory']}: {freed}", as_json=json)
+
+
+def _opened(directory: Path | None) -> "CacheDirectory":
+    from ._posix import shared_memory_directory, translate_os_errors
+    from .upkeep import CacheDirectory
+
+    if directory is None:
+        with translate_os_errors("shared memory"):
+            directory = shared_memory_directory() / "cache"
+    return CacheDirectory(directory)

@@ -31,7 +31,7 @@ from ._posix import pwrite_all, translate_os_errors
 from ._units import Buffer
 from .store import ObjectInfo, ObjectStore, ObjectWriter, check_range, is_key, safe_key
 
-__all__ = ["FsspecStore"]
+__all__ = ["FsspecStore", "version_of"]
 
 _memory_lock = threading.RLock()
 """Every write to ``memory://``, which has one tree for the whole process, so that look-and-write is one operation."""
@@ -280,10 +280,21 @@ def _protocols(fs: Any) -> tuple[str, ...]:
 
 
 def _object_info(key: str, info: dict[str, Any]) -> ObjectInfo:
-    size = int(info["size"] or 0)
-    modified_s = next((moment for name in _TIME_FIELDS if (moment := _seconds(info.get(name)))), 0.0)
-    tag = next((str(info[name]) for name in _VERSION_FIELDS if info.get(name)), f"{modified_s:.6f}-{size}")
+    size, modified_s = int(info["size"] or 0), _modified_s(info)
+    tag = version_of(info) or f"{modified_s:.6f}-{size}"
     return ObjectInfo(key=key, size=size, version=tag, modified_s=modified_s)
+
+
+def version_of(info: dict[str, Any]) -> str | None:
+    """What tells this content of a file from others, by a file system's ``info``; None if it tells no tag and no time."""
+    tag = next((str(info[name]) for name in _VERSION_FIELDS if info.get(name)), None)
+    if tag is None and (modified_s := _modified_s(info)):
+        return f"{modified_s:.6f}-{info['size']}" + (f"-{info['ino']}" if "ino" in info else "")
+    return tag
+
+
+def _modified_s(info: dict[str, Any]) -> float:
+    return next((moment for name in _TIME_FIELDS if (moment := _seconds(info.get(name)))), 0.0)
 
 
 def _seconds(moment: Any) -> float:

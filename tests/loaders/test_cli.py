@@ -176,7 +176,7 @@ def test_s3_is_reached_by_options(stoker: Any, corpus: Path, s3_server: S3Server
     assert str(s3_server.storage_options["secret"]) not in missing.err
 
 
-@pytest.mark.parametrize("command", ["pack", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["pack", "inspect", "verify", "explain", "replay"])
 def test_help_shows_examples(stoker: Any, command: str) -> None:
     result = stoker("data", command, "--help")
     assert result.code == 0

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from stoker.errors import ConfigError, CorruptBlock, StateMismatch, UnknownVersion, UnsupportedError
+from stoker.loaders._packed import DocumentRows, RowBorders
 from stoker.loaders.loader import Batch, TokenLoader
 from stoker.loaders.order import SkipRanges, Window
 from stoker.metrics import counters
@@ -37,6 +38,8 @@ class MemorySamples:
     samples_per_block: int = 4
     fingerprint: str = "stream-of-integers"
     is_local: bool = True
+    packing: str = "concat"
+    documents: bool = False
     planned: list[int] = field(default_factory=list)
     prefetched: list[NDArray[np.int64]] = field(default_factory=list)
     gathered: list[NDArray[np.int64]] = field(default_factory=list)
@@ -58,6 +61,9 @@ class MemorySamples:
         self.gathered.append(samples)
         input_ids[:] = samples[:, None] * self.seq_len + np.arange(self.seq_len)
         labels[:] = input_ids + 1
+
+    def gather_documents(self, plan: Any, start: int, end: int, rows: DocumentRows) -> RowBorders:
+        raise NotImplementedError
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
         self.prefetched.append(samples)
@@ -302,8 +308,10 @@ def test_the_state_has_the_form_of_version_1() -> None:
     )
     positions_of(islice(loader, golden["steps"]))
     assert loader.state_dict() == golden["state"]
-    loader.load_state_dict(golden["state"])
-    assert next(loader)["position"].tolist() == golden["next_positions"]
+    before_packing = {name: value for name, value in golden["state"].items() if name != "packing"}
+    for state in (golden["state"], before_packing):
+        loader.load_state_dict(state)
+        assert next(loader)["position"].tolist() == golden["next_positions"]
 
 
 def test_skips_of_the_state_and_of_the_loader_both_hold() -> None:
@@ -333,6 +341,10 @@ def test_another_global_batch_is_logged(caplog: pytest.LogCaptureFixture) -> Non
     ("changes", "told"),
     [
         ({"source": MemorySamples(27, fingerprint="other")}, "fingerprint is 'other' in the state and 'stream-of"),
+        (
+            {"source": MemorySamples(27, packing="pad-1/split")},
+            "packing is 'pad-1/split' in the state and 'concat' here",
+        ),
         ({"source": MemorySamples(28)}, "num_samples is 28 in the state and 27 here"),
         ({"source": MemorySamples(27, seq_len=8)}, "seq_len is 8 in the state and 4 here"),
         ({"source": MemorySamples(27, samples_per_block=8)}, "samples_per_block is 8 in the state and 4 here"),
@@ -505,11 +517,12 @@ def test_blocks_of_a_window_are_asked_for_once() -> None:
 def test_stats_say_what_was_delivered() -> None:
     before = counters.snapshot()
     loader = a_loader(skip=[(5, 9)])
-    assert loader.stats() == (0, 0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0)
+    assert loader.stats() == (0, 0, 0, 0.0, 0.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
     positions_of(islice(loader, 8))
     stats = loader.stats()
     assert (stats.batches, stats.rows, stats.tokens) == (8, 32, 128)
     assert (stats.position, stats.epoch, stats.skipped_rows, stats.dropped_rows) == (36, 1, 4, 0)
+    assert (stats.trained_tokens, stats.padded_tokens) == (128, 0)
     assert 0 < stats.wait_p50_ms <= stats.wait_p99_ms <= stats.wait_s * 1000
     loader.close()
     counted = counters.since(before)
@@ -578,6 +591,7 @@ def test_a_copy_sent_elsewhere_goes_on_at_the_same_place() -> None:
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
         ({"epochs": 0}, "epochs must be >= 1, got 0"),
         ({"prefetch_blocks": 0}, "prefetch_blocks must be >= 1"),
+        ({"cu_seqlens_size": 9}, "only batches with borders of documents have cu_seqlens, got 'cu_seqlens_size=9'"),
         ({"seed": -1}, "seed must be from 0"),
         ({"shuffle": "blocks"}, "shuffle must be one of"),
         ({"world_size": 4}, "rank and world_size belong together, got 'only world_size'"),
