@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from .handle import SaveHandle, SaveReport
     from .manager import CheckpointManager, load, save
     from .restore import RestoreReport
+    from .retention import KeepBest
     from .rng import RngState
     from .zarr import open_zarr
 
 __all__ = [
     "CheckpointManager",
+    "KeepBest",
     "RestoreReport",
     "RngState",
     "SaveHandle",
@@ -25,6 +27,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointManager": "manager",
+    "KeepBest": "retention",
     "RestoreReport": "restore",
     "RngState": "rng",
     "SaveHandle": "handle",

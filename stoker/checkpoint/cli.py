@@ -13,9 +13,10 @@ from ..storage.store import open_store
 
 __all__ = ["app"]
 
-app = new_app("List, show and verify checkpoints, and open them with other tools.")
+app = new_app("List, show, verify, compare and clean up checkpoints, and open them with other tools.")
 
 _Url = Annotated[str, typer.Argument(metavar="URL", help="Plain path or URL of a checkpoint root.")]
+_MAX_VALUES = 50
 _Step = Annotated[int | None, typer.Option("--step", min=0, help="A committed step.", show_default="the newest")]
 
 
@@ -152,6 +153,79 @@ def verify(
     emit(report.to_json(), text, as_json=json)
     if not report.ok:
         raise typer.Exit(1)
+
+
+@app.command("diff")
+def diff(
+    url: _Url,
+    a: Annotated[int, typer.Argument(min=0, metavar="A", help="A committed step.")],
+    b: Annotated[int, typer.Argument(min=0, metavar="B", help="Another one.")],
+    json: JsonFlag = False,
+    option: StorageOptions = None,
+) -> None:
+    """Say what differs between two steps: tensors, dtypes and shapes, bytes, plain values. Exit code 1 if anything does.
+
+    Bytes are compared by checksum where both steps have the same layout, else by reading. World size does not count.
+
+    \b
+    stoker ckpt diff /nvme/run 1000 2000
+    stoker ckpt diff s3://bucket/run 1000 2000 --json -o endpoint_url=http://127.0.0.1:8333
+    """
+    from .diff import diff as run
+
+    with progress("comparing", total=None) as meter:
+        report = run(url, a, b, storage_options=parse_options(option), on_read=meter.advance)
+    text = f"steps {a} and {b} of {report.url}: {'no difference' if report.same else 'they differ'}\n"
+    text += f"{report.num_tensors:,} tensors in both, {format_bytes(report.num_bytes_read)} read\n"
+    for step, names in ((a, report.only_a), (b, report.only_b)):
+        text += f"only in {step}: {_shortened(names)}\n" if names else ""
+    for change in report.other_shape:
+        text += f"{change.name}: {change.a} in {a}, {change.b} in {b}\n"
+    text += f"other bytes: {_shortened(report.other_bytes)}\n" if report.other_bytes else ""
+    for value in report.values[:_MAX_VALUES]:
+        mine, theirs = ("nothing" if one is None else one for one in (value.a, value.b))
+        text += f"{value.path}: {mine} in {a}, {theirs} in {b}\n"
+    if len(report.values) > _MAX_VALUES:
+        text += f"and {len(report.values) - _MAX_VALUES} more values\n"
+    emit(report.to_json(), text, as_json=json)
+    if not report.same:
+        raise typer.Exit(1)
+
+
+@app.command("gc")
+def collect(
+    url: _Url,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Change nothing, say what would go.")] = False,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0.0, metavar="SECONDS", help="Leave alone what was needed or written since.")
+    ] = 3600.0,
+    json: JsonFlag = False,
+    option: StorageOptions = None,
+) -> None:
+    """Delete what no step needs: attempts that were never committed, retired steps, old log records.
+
+    A running job goes on saving. A save of it that takes longer than the grace is refused its commit, never torn.
+
+    \b
+    stoker ckpt gc /nvme/run --dry-run
+    stoker ckpt gc s3://bucket/run --grace 86400 -o endpoint_url=http://127.0.0.1:8333
+    """
+    from .garbage import collect_garbage
+
+    with open_store(url, **parse_options(option)) as store, progress("deleting", total=None, unit="objects") as meter:
+        report = collect_garbage(
+            store, grace_s=grace, dry_run=dry_run, on_start=meter.set_total, on_delete=meter.advance
+        )
+    what = "would go" if dry_run else "deleted"
+    text = f"{report.url}: {len(report.attempts)} attempts {what}, {format_bytes(report.num_bytes)}; "
+    text += f"{report.num_log_records} old log records, {report.num_notes} notes of ended runs\n"
+    rows = [("attempt", "bytes", "age", "why")]
+    rows += [(one.directory, format_bytes(one.num_bytes), _age(one.age_s), one.reason) for one in report.attempts]
+    rows += [
+        (one.directory, format_bytes(one.num_bytes), _age(one.age_s), f"{one.reason}, stays for its grace")
+        for one in report.in_grace
+    ]
+    emit(report.to_json(), text + (_table(rows) if len(rows) > 1 else ""), as_json=json)
 
 
 @app.command("zarr")

@@ -180,9 +180,16 @@ def wait_for_verdict(store: ObjectStore, attempt: Attempt, log: CheckpointLog) -
 
 
 def wait_for_own_term(log: CheckpointLog, run_id: str, above_term: int, deadline: float) -> Record:
-    """Another rank than 0: return once rank 0 has opened this run's term, a newer one than `above_term`."""
+    """Another rank than 0: return once rank 0 has opened this run's term, a newer one than `above_term`.
+
+    Raises:
+        Fenced: this run had a term, and another has opened since.
+        SaveFailed: not by the deadline.
+    """
     for _ in _pauses(deadline):
         head = log.head()
         if head is not None and head.run_id == run_id and head.term > above_term:
             return head
+        if head is not None and above_term and head.run_id != run_id:
+            raise Fenced("a newer run opened this root", value=head.run_id, place=f"run {run_id}")
     raise SaveFailed("rank 0 must open the run in the log", value="no record", place=f"run {run_id}")

@@ -24,8 +24,9 @@ Transitions (:func:`open_record`, :func:`commit_record`, ...) are pure functions
 import hashlib
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
@@ -80,8 +81,6 @@ VERSION = 1
 """Major version of a record; a reader refuses any other by name."""
 
 Kind: TypeAlias = Literal["open", "commit", "retire", "rewind", "gc"]
-Keep: TypeAlias = Callable[[Sequence[int]], Collection[int]]
-"""Which of the live steps, given ascending and with the one being committed, stay."""
 T = TypeVar("T")
 
 _PREFIX = "log/"
@@ -161,11 +160,22 @@ class LiveStep:
         nonce: of the attempt whose directory holds it.
         manifest_sha256: of its ``manifest.arrow``.
         refs: blobs of other attempts that it needs, by directory.
+        metrics: what the trainer said about it, for retention.
     """
 
     nonce: str
     manifest_sha256: str
     refs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> set[str]:
+        """Nonces of the attempts whose data it consists of: its own, and those that it refers to."""
+        return {self.nonce, *(directory.rpartition("-")[2] for directory in self.refs)}
+
+
+Keep: TypeAlias = Callable[[Mapping[int, LiveStep]], Collection[int]]
+"""Which of the live steps stay; they are given ascending, with the one being committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +215,7 @@ class Record:
                 "nonce": one.nonce,
                 "manifest_sha256": one.manifest_sha256,
                 "refs": {directory: list(one.refs[directory]) for directory in sorted(one.refs)},
+                "metrics": {name: _metric_to_json(one.metrics[name]) for name in sorted(one.metrics)},
             }
             for step, one in sorted(self.live.items())
         }
@@ -258,7 +269,12 @@ class Record:
             if any(parse_step_directory(directory) is None for directory in refs):
                 raise ValueError(f"references {sorted(refs)}")
             step_directory(int(step), one["nonce"])
-            live[int(step)] = LiveStep(nonce=one["nonce"], manifest_sha256=_digest(one["manifest_sha256"]), refs=refs)
+            live[int(step)] = LiveStep(
+                nonce=one["nonce"],
+                manifest_sha256=_digest(one["manifest_sha256"]),
+                refs=refs,
+                metrics={name: _metric_from_json(value) for name, value in one.get("metrics", {}).items()},
+            )
         dead = tuple(_typed(nonce, str) for nonce in body["dead"])
         if not all(_NONCE.fullmatch(nonce) for nonce in dead):
             raise ValueError("a nonce has 16 hexadecimal digits")
@@ -278,6 +294,19 @@ def _typed(value: Any, kind: type[T]) -> T:
     return value
 
 
+def _metric_to_json(value: float) -> float | str:
+    """JSON has no number for NaN and the infinities: they are text, as Python writes them."""
+    return value if math.isfinite(value) else repr(value)
+
+
+def _metric_from_json(value: Any) -> float:
+    if value == "nan":
+        return (
+            math.nan
+        )  # this very object: a record is compared with the one that was written, and NaN equals only itself
+    return float(value) if value in ("inf", "-inf") else _typed(value, float)
+
+
 def _digest(text: str) -> str:
     if not _SHA256.fullmatch(text):
         raise ConfigError("a SHA-256 has 64 hexadecimal digits", value=text[:80], place="manifest_sha256")
@@ -286,7 +315,7 @@ def _digest(text: str) -> str:
 
 def _corrupt(place: str) -> CorruptRecord:
     return CorruptRecord(
-        "the newest record of the log must match its own SHA-256",
+        "a record of the log must match its own SHA-256",
         place=place,
         hint="steps are not lost: restore this object from a copy; an older record is never taken in its place",
     )
@@ -302,9 +331,9 @@ lost reply or a success, and may be tried again at any time. Raises if what is w
 """
 
 
-def keep_all(steps: Sequence[int]) -> Collection[int]:
+def keep_all(live: Mapping[int, LiveStep]) -> Collection[int]:
     """Retention that deletes nothing."""
-    return steps
+    return live
 
 
 def keep_last(num_steps: int) -> Keep:
@@ -315,7 +344,7 @@ def keep_last(num_steps: int) -> Keep:
     """
     if num_steps < 1:
         raise ConfigError("at least one step must be kept", value=num_steps, place="keep_last")
-    return lambda steps: steps[-num_steps:]
+    return lambda live: sorted(live)[-num_steps:]
 
 
 def open_record(head: Record | None, run_id: str, *, rewind_to: int | None = None, above_term: int = 0) -> Record:
@@ -325,13 +354,16 @@ def open_record(head: Record | None, run_id: str, *, rewind_to: int | None = Non
 
     Args:
         rewind_to: abandon all live steps above this one, which must be live. Their nonces are dead from here on.
-        above_term: a run whose list of the dead has grown long opens again above its own term.
+        above_term: a run whose list of the dead has grown long opens again above its own term, if that is the newest.
 
     Raises:
+        Fenced: it opens again, and another run has opened since.
         NoCheckpoint: the step to go back to is not live (any more).
     """
     if head is not None and head.run_id == run_id and head.term > above_term:
         return head
+    if above_term:
+        _own(head, above_term)
     live = dict(head.live) if head is not None else {}
     if rewind_to is not None and rewind_to not in live:
         raise NoCheckpoint("the step to go back to must be live", value=rewind_to, place="log", hint="restore another")
@@ -367,6 +399,7 @@ def commit_record(
     nonce: str,
     manifest_sha256: str,
     refs: Mapping[str, tuple[str, ...]] | None = None,
+    metrics: Mapping[str, float] | None = None,
     keep: Keep = keep_all,
 ) -> Record:
     """Make `step` live, and retire what `keep` leaves out; the newest step and this one always stay.
@@ -404,8 +437,10 @@ def commit_record(
                     place=place,
                     hint="save again: the blob will be written anew",
                 )
-    live = {**head.live, step: LiveStep(nonce=nonce, manifest_sha256=_digest(manifest_sha256), refs=dict(refs or {}))}
-    return _retire(head, live, keep, "commit", {step})
+    one = LiveStep(
+        nonce=nonce, manifest_sha256=_digest(manifest_sha256), refs=dict(refs or {}), metrics=dict(metrics or {})
+    )
+    return _retire(head, {**head.live, step: one}, keep, "commit", {step})
 
 
 def retire_record(head: Record | None, *, term: int, keep: Keep) -> Record:
@@ -417,7 +452,7 @@ def retire_record(head: Record | None, *, term: int, keep: Keep) -> Record:
 
 def _retire(head: Record, live: dict[int, LiveStep], keep: Keep, kind: Kind, always: set[int]) -> Record:
     steps = sorted(live)
-    kept = set(keep(steps)) | always | set(steps[-1:])
+    kept = set(keep({step: live[step] for step in steps})) | always | set(steps[-1:])
     retired = [live.pop(step).nonce for step in steps if step not in kept]
     dead = head.dead + tuple(nonce for nonce in retired if nonce not in head.dead)
     return Record(seq=head.seq + 1, term=head.term, run_id=head.run_id, kind=kind, live=live, dead=dead)
@@ -435,8 +470,7 @@ def collect_record(head: Record | None, *, nonces: Collection[str]) -> Record:
     """
     if head is None:
         raise NoCheckpoint("only a log says what may be deleted", place="log")
-    needed = {one.nonce for one in head.live.values()}
-    needed |= {directory.rpartition("-")[2] for one in head.live.values() for directory in one.refs}
+    needed = {nonce for one in head.live.values() for nonce in one.needs}
     new = sorted(set(nonces) - needed - set(head.dead))
     if not new:
         return head
@@ -580,13 +614,40 @@ class CheckpointLog:
                 logger.warning("%s: old log records were not removed: %s", self._store.place(_PREFIX), error)
         return record
 
+    def needed_since(self, since_s: float) -> tuple[Record, set[str]]:
+        """The newest record, and the nonces of all attempts that the log needed at any time since a moment.
+
+        Raises:
+            NoCheckpoint: there is no log.
+        """
+        head: Record | None = None
+        nonces: set[str] = set()
+        for info in self._store.list(_PREFIX):
+            try:
+                record = Record.from_json(self._store.get(info.key), place=self._store.place(info.key))
+            except KeyNotFound:
+                break  # truncated since it was listed: a thousand newer ones were read, or were appended meanwhile
+            if record.seq != parse_log_key(info.key):
+                raise _corrupt(self._store.place(info.key))
+            head = head or record
+            nonces.update(nonce for one in record.live.values() for nonce in one.needs)
+            if info.modified_s <= since_s:
+                break
+        if head is None:
+            raise NoCheckpoint("only a log says what may be deleted", place=self._store.place(_PREFIX))
+        return head, nonces
+
+    def outdated(self, head: Record | None) -> list[str]:
+        """Keys of the records older than the newest `keep_records`, the newest first."""
+        oldest = head.seq - self._keep_records + 1 if head is not None else 1
+        if oldest <= 1:
+            return []
+        listed = (info.key for info in self._store.list(_PREFIX, start_after=log_key(oldest)))
+        return [key for key in listed if parse_log_key(key) is not None]
+
     def truncate(self, head: Record) -> int:
         """Remove records older than the newest `keep_records`; returns how many."""
-        oldest = head.seq - self._keep_records + 1
-        if oldest <= 1:
-            return 0
-        old = [info.key for info in self._store.list(_PREFIX, start_after=log_key(oldest))]
-        old = [key for key in old if parse_log_key(key) is not None]
+        old = self.outdated(head)
         # The oldest first: a removal that is cut short leaves no gap between records.
         for key in reversed(old):
             self._store.delete(key)

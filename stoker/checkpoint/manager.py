@@ -3,8 +3,9 @@
 import hashlib
 import logging
 import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from time import monotonic, perf_counter
@@ -40,20 +41,18 @@ from .log import (
     Record,
     Transition,
     commit_record,
-    keep_all,
     nonce_of,
     open_record,
     step_directory,
-)
-from .log import (
-    keep_last as keep_newest,
 )
 from .manifest import Fragment, StateInfo
 from .plan import Plan, make_plan, plan_signature
 from .reader import StepReader, read_manifest, resolve_step
 from .restore import RestoreReport, restore_tree
+from .retention import KeepBest, checked_metrics, retention
 from .retire import Retirement
 from .stage import WRITE_THREADS, BlobSave, StagedLayout
+from .stop import StopRequest
 from .tree import TreeView, state_path, view_tree
 
 __all__ = ["CheckpointManager", "load", "save"]
@@ -62,6 +61,9 @@ logger = logging.getLogger(__name__)
 
 _CONSTRUCT_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 1800.0
+_SAVES_IN_A_TERM = 100
+"""A run opens again above its own term after so many saves, which clears the list of the dead in every record. A number
+of saves, not the length of the list, since all ranks must agree without a word."""
 
 
 # Guarantees: save, restore and close are called from one thread at a time, the trainer's; steps and latest from any.
@@ -72,14 +74,19 @@ class CheckpointManager:
     Args:
         url: the root: a path, or any URL that :func:`stoker.storage.open_store` takes. All ranks name the same one.
         local: a directory on the node's own disk; comes with tiered durability, in a later version.
-        keep_last: how many committed steps to keep; None keeps all. Older ones are retired in the same log record that
-            commits a new one; their data goes `grace_s` later.
+        keep_last, keep_every, keep_best: which committed steps stay: the newest `keep_last`, those that are a multiple of
+            `keep_every`, the best by a metric (:class:`~stoker.checkpoint.KeepBest`). A step stays if one of them wants
+            it; the newest always stays; with none of them all do. The others are retired in the same log record that
+            commits a new step; their data goes `grace_s` later.
         storage_options: for the store.
         rank, world_size, run_id: of the job. With an initialised process group they come from there (the constructor is
             then collective, once, on gloo); without one a job of several ranks must pass all three, the same `run_id`
             on each rank and a new one at each start.
         persist_timeout_s: the deadline of one save, from ``save()`` to its commit.
         grace_s: how long data outlives its retirement, for readers that are still at it.
+        stop_on: signals upon which the job is to save and stop; see :meth:`should_stop`. The first one only asks for
+            that, a second one does what it did before. Only in the main thread.
+        stop_margin: the job stops at most twice as many steps after the first rank has heard of it.
 
     Durability: :meth:`save` returns when the state is staged in host memory, so training may go on; a step exists for
     anyone, :meth:`latest` included, once it is committed: every byte of every rank is durable under the root and one log
@@ -105,12 +112,16 @@ class CheckpointManager:
         *,
         local: str | None = None,
         keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: KeepBest | None = None,
         storage_options: dict[str, Any] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         run_id: str | None = None,
         persist_timeout_s: float = 1800.0,
         grace_s: float = 60.0,
+        stop_on: Collection[signal.Signals] = (),
+        stop_margin: int = 10,
     ) -> None:
         if local is not None:
             raise UnsupportedError(
@@ -119,13 +130,16 @@ class CheckpointManager:
                 place="CheckpointManager(local=)",
                 hint="leave local= out: the root itself may be a directory on local disk",
             )
-        if keep_last is not None and keep_last < 1:
-            raise ConfigError("keep_last must be >= 1 or None", value=keep_last, place="CheckpointManager")
+        self._keep = retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+        self._keep_best = keep_best
         self._store: ObjectStore = open_store(os.fspath(url), **(storage_options or {}))
         self._log = CheckpointLog(self._store)
-        self._keep_last, self._timeout_s = keep_last, persist_timeout_s
+        self._timeout_s = persist_timeout_s
         self._job = Job.join(self._store, rank, world_size, run_id)
-        self._retirement = Retirement(self._store, self._log, grace_s=grace_s)
+        self._stop = StopRequest(
+            self._store, run_id=self._job.run_id, rank=self.rank, world_size=self.world_size, margin=stop_margin
+        )
+        self._retirement = Retirement(self._store, self._log, grace_s=grace_s, run_note=self._stop.key)
         self._root_id = root_id_of(self._store.url)
         self._host = socket.gethostname()
         self._threads = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="stoker-write")
@@ -133,6 +147,7 @@ class CheckpointManager:
         self._opened: Future[None] | None = None
         self._term = 0
         self._rewind_to: int | None = None
+        self._num_attempts = 0
         self._tries: dict[int, int] = {}
         self._own_nonces: set[str] = set()
         self._arena: Arena | None = None
@@ -140,6 +155,7 @@ class CheckpointManager:
         self._pending: tuple[SaveHandle, Future[None]] | None = None
         self._closed = False
         sweep_dead_arenas(keep_root_id=self._root_id)
+        self._stop.listen(stop_on)
 
     @property
     def rank(self) -> int:
@@ -153,23 +169,31 @@ class CheckpointManager:
 
     # ---------------------------------------------------------------------------------------------------------- save
 
-    def save(self, step: int, tree: dict[str, Any]) -> SaveHandle:
+    def save(self, step: int, tree: dict[str, Any], *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
         """Copy the state and return; writing and committing go on in the background. Every rank calls it.
 
         The tree may hold modules, optimizers, ``Stateful`` objects, (nested dicts of) tensors, DTensors and plain values;
         everything in it may change as soon as this returns. A save that still persists is waited for.
 
+        Args:
+            step: of the training; a step is committed once.
+            tree: the state.
+            metrics: a few numbers about the step, for ``keep_best=``; every log record holds them. Those of rank 0 count.
+
         Raises:
-            UnsupportedState: an object that can't be represented, with its path; nothing was written.
+            UnsupportedState: an object that can't be represented, with its path; no byte of the step was written.
             SaveFailed, StoreError: of the save before, if its handle's :meth:`~SaveHandle.wait` did not raise it yet.
         """
         started = perf_counter()
         self._check_usable()
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
             raise ConfigError("a step is an integer in [0, 10^12)", value=step, place="CheckpointManager.save")
+        numbers = checked_metrics(metrics)
         self._settle()
         handle = SaveHandle(step, started, perf_counter() - started)
         attempt = self._new_attempt(step)
+        # Before anything can fail here: the other ranks write nothing until they see the record.
+        may_write = self._open_once(attempt.deadline)
         try:
             view = view_tree(tree)
             # On every rank, though only rank 0 writes most of them: what can't be represented must not pass unseen.
@@ -187,7 +211,7 @@ class CheckpointManager:
                 directory=attempt.directory,
                 rank=self.rank,
                 threads=self._threads,
-                may_write=self._open_once(attempt.deadline),
+                may_write=may_write,
             )
             self._retirement.pause()
             try:
@@ -201,7 +225,14 @@ class CheckpointManager:
                 self._tell_failure(attempt, error)
             raise
         handle.mark_staged(blobs.num_bytes)
-        staged = _Staged(attempt=attempt, blobs=blobs, plan=layout.plan, states=states, tree_hash=_tree_hash(view))
+        staged = _Staged(
+            attempt=attempt,
+            blobs=blobs,
+            plan=layout.plan,
+            states=states,
+            tree_hash=_tree_hash(view),
+            metrics=numbers,
+        )
         self._pending = handle, self._persister.submit(self._persist, handle, staged)
         counters.add("ckpt.save.stall_s", handle.report().stall_s)
         counters.add("ckpt.save.bytes", blobs.num_bytes)
@@ -232,6 +263,9 @@ class CheckpointManager:
     def _new_attempt(self, step: int) -> Attempt:
         nth = self._tries.get(step, 0)
         self._tries[step] = nth + 1
+        if self._num_attempts % _SAVES_IN_A_TERM == 0:
+            self._opened = None
+        self._num_attempts += 1
         nonce = nonce_of(self._job.run_id, step, nth)
         self._own_nonces.add(nonce)
         return Attempt(
@@ -268,7 +302,7 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------- on the background's threads
 
     def _open_once(self, deadline: float) -> Future[None]:
-        """The future of this run's term in the log; opened by the first save, never by a restore."""
+        """The future of this run's term in the log; opened by the first save (and now and then), never by a restore."""
         if self._opened is None or (self._opened.done() and self._opened.exception() is not None):
             self._opened = self._threads.submit(self._open_term, deadline)
         return self._opened
@@ -327,13 +361,13 @@ class CheckpointManager:
         self._store.create(attempt.fragment_key(self.rank), fragment.to_bytes())
         handle.reach("local")
         if self.rank == 0:
-            self._commit(attempt, fragment)
+            self._commit(attempt, fragment, staged.metrics)
         else:
             wait_for_verdict(self._store, attempt, self._log)
         handle.reach("committed")
         logger.info("step %d is committed under %s", attempt.step, self._store.url)
 
-    def _commit(self, attempt: Attempt, own: Fragment) -> None:
+    def _commit(self, attempt: Attempt, own: Fragment, metrics: Mapping[str, float]) -> None:
         manifest = collect_fragments(self._store, attempt, own)
         write_manifest(self._store, attempt, manifest)
         retired: dict[int, LiveStep] = {}
@@ -346,7 +380,8 @@ class CheckpointManager:
                     step=attempt.step,
                     nonce=attempt.nonce,
                     manifest_sha256=manifest.sha256,
-                    keep=keep_all if self._keep_last is None else keep_newest(self._keep_last),
+                    metrics=metrics,
+                    keep=self._keep,
                 ),
             )
         )
@@ -371,6 +406,13 @@ class CheckpointManager:
         head = self._log.head()
         return None if head is None else head.latest
 
+    def best(self) -> int | None:
+        """The committed step that is best by ``keep_best=``; None if no step has the metric."""
+        if self._keep_best is None:
+            raise ConfigError("needs keep_best=", place="CheckpointManager.best", hint="it says what is best")
+        head = self._log.head()
+        return None if head is None else next(iter(self._keep_best.of(head.live)), None)
+
     def restore(
         self,
         tree: dict[str, Any],
@@ -386,7 +428,7 @@ class CheckpointManager:
 
         Args:
             tree: what to restore; the same items as at ``save``.
-            step: a committed step. One older than the newest makes the next ``save`` abandon the newer ones.
+            step: a committed step. The next ``save`` then abandons all steps newer than this one.
             names: shell patterns; only tensors and items that match one are restored.
             strict: False restores what tree and checkpoint have in common and reports the rest.
 
@@ -403,7 +445,10 @@ class CheckpointManager:
         manifest = read_manifest(self._store, directory, live)
         reader = StepReader(self._store, directory, manifest)
         report = restore_tree(tree, reader, rank=self.rank, step=found, names=names, strict=strict)
-        if step is not None and newest > found:
+        if step is None:
+            self._rewind_to = None
+        elif self._opened is None or newest > found:
+            # Also without newer steps: whoever saved last may add one before this run opens its term.
             self._rewind_to, self._opened = found, None
         return replace(report, seconds=perf_counter() - started)
 
@@ -426,6 +471,32 @@ class CheckpointManager:
 
     # --------------------------------------------------------------------------------------------------------- the end
 
+    def request_stop(self) -> None:
+        """Ask the whole job to save and stop, as a signal of ``stop_on=`` does. Any rank may, from anywhere."""
+        self._stop.request()
+
+    def should_stop(self, step: int) -> bool:
+        """Whether the job is to save `step` and stop. Every rank asks after each step, and all get the same answer.
+
+        One rank that was asked to stop is enough: it names a step at most ``2 * stop_margin`` ahead under the root, where
+        each rank looks once in `stop_margin` steps. No collective; the ranks' own keep them closer together than that.
+
+        Examples:
+            >>> import tempfile
+            >>> directory = tempfile.TemporaryDirectory()
+            >>> with CheckpointManager(directory.name, stop_on=[signal.SIGTERM]) as ckpt:
+            ...     for step in range(1, 1000):
+            ...         if step == 3:
+            ...             signal.raise_signal(signal.SIGTERM)
+            ...         if ckpt.should_stop(step):
+            ...             ckpt.save(step, {"progress": {"step": step}}).wait("committed")
+            ...             break
+            ...     ckpt.latest()
+            3
+            >>> directory.cleanup()
+        """
+        return self._stop.reached(step)
+
     def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
         """Wait for a save that persists, then free the staging memory. Raises the failure of a save nobody waited for.
 
@@ -441,6 +512,7 @@ class CheckpointManager:
                 place=f"step {self._pending[0].step}",
             )
         self._closed = True
+        self._stop.close()
         self._persister.shutdown(wait=True)
         self._retirement.close()
         self._threads.shutdown(wait=True)
@@ -486,6 +558,7 @@ class _Staged:
     plan: Plan
     states: dict[str, bytes]
     tree_hash: str
+    metrics: dict[str, float]
 
 
 def _tree_hash(view: TreeView) -> str:

@@ -8,11 +8,14 @@ import logging
 import threading
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic, time
+from contextlib import suppress
+from math import inf
+from time import monotonic
 
 from ..errors import StokerError
 from ..storage.store import ObjectStore
-from .log import CheckpointLog, collect_record, parse_step_directory, step_directory
+from .garbage import announce, find_leftovers
+from .log import CheckpointLog
 
 __all__ = ["Retirement"]
 
@@ -22,15 +25,19 @@ logger = logging.getLogger(__name__)
 # Guarantees: add(), pause() and resume() may be called from any thread; `_lock` guards `_doomed`. Only directories that
 # a log record has announced as dead are deleted.
 class Retirement:
-    """Deletes the data of retired steps under one root once `grace_s` has passed."""
+    """Deletes the data of retired steps under one root once `grace_s` has passed.
 
-    def __init__(self, store: ObjectStore, log: CheckpointLog, *, grace_s: float) -> None:
-        self._store, self._log, self._grace_s = store, log, grace_s
+    Args:
+        run_note: the note of this run that must stay.
+    """
+
+    def __init__(self, store: ObjectStore, log: CheckpointLog, *, grace_s: float, run_note: str) -> None:
+        self._store, self._log, self._grace_s, self._run_note = store, log, grace_s, run_note
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="stoker-retire")
         self._lock = threading.Lock()
         self._doomed: list[tuple[float, str]] = []
         self._saving = threading.Event()
-        self._swept = False
+        self._sweep_due = 0.0
 
     def add(self, directories: Iterable[str]) -> None:
         """Delete these step directories, which the log has just announced, after the grace."""
@@ -46,12 +53,13 @@ class Retirement:
         """No save is under way: delete what is due. The first time, look for what dead runs left, too."""
         self._saving.clear()
         # The set itself, not a copy: the next save may begin before the sweep, which must know that save's nonce.
-        self._thread.submit(self._work, own_nonces)
+        with suppress(RuntimeError):  # the interpreter is exiting: what is left is found again by the next run
+            self._thread.submit(self._work, own_nonces)
 
     def _work(self, own_nonces: Collection[str]) -> None:
         try:
-            if not self._swept:
-                self._swept = True
+            if monotonic() >= self._sweep_due:
+                self._sweep_due = inf
                 self._sweep(own_nonces)
             self._delete_due()
         except StokerError as error:  # what is left is found again by the next run
@@ -62,28 +70,19 @@ class Retirement:
 
         Their writers are fenced by this run's term.
         """
-        newest: dict[str, float] = {}
-        for info in self._store.list("step-"):
-            directory = info.key.split("/", 1)[0]
-            newest[directory] = max(newest.get(directory, 0.0), info.modified_s)
+        found = find_leftovers(self._store, self._log, grace_s=self._grace_s, spare=own_nonces, run_note=self._run_note)
         head = self._log.head()
         if head is not None:
             self._log.truncate(head)
-        live = set() if head is None else {step_directory(step, entry.nonce) for step, entry in head.live.items()}
-        left: dict[str, str] = {}
-        for directory, modified_s in newest.items():
-            parsed = parse_step_directory(directory)
-            if parsed is None or directory in live or parsed[1] in own_nonces:
-                continue
-            if time() - modified_s >= self._grace_s:
-                left[directory] = parsed[1]
-        if left:
-            record = self._log.append(lambda head: collect_record(head, nonces=sorted(left.values())))
-            # What the record announces, not what was listed: an attempt may have become live in between.
-            dead = sorted(directory for directory, nonce in left.items() if nonce in record.dead)
+        for key in found.notes:
+            self._store.delete(key)
+        dead = announce(self._log, found.attempts)
+        if dead:
             logger.info("deleting what %d attempts of earlier runs left under %s", len(dead), self._store.url)
             with self._lock:
-                self._doomed = [(0.0, directory) for directory in dead] + self._doomed
+                self._doomed = [(0.0, one.directory) for one in dead] + self._doomed
+        if found.in_grace:  # what the run before left a moment ago: no other run may ever come to look
+            self._sweep_due = monotonic() + self._grace_s
 
     def _delete_due(self) -> None:
         while True:

@@ -4,6 +4,7 @@
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,24 @@ def fail(root: Path) -> None:
         assert ckpt.steps() == [STEP]
 
 
+def stop(root: Path) -> None:
+    """One rank hears SIGTERM in the middle of training; all ranks save one and the same step, and stop."""
+    tree = sharded_tree(0)
+    with CheckpointManager(root, stop_on=[signal.SIGTERM], stop_margin=2) as ckpt:
+        for step in range(100):
+            train(tree)
+            if (dist.get_rank(), step) == (dist.get_world_size() - 1, 3):
+                signal.raise_signal(signal.SIGTERM)
+            if ckpt.should_stop(step):
+                ckpt.save(step, tree).wait("committed", timeout_s=30)
+                break
+        assert (step, ckpt.steps()) == (6, [6])
+
+
 def main() -> None:
     """Do each act with its root, in order."""
     dist.init_process_group("gloo")
-    acts = {"save": save, "restore": restore, "fail": fail}
+    acts = {"save": save, "restore": restore, "fail": fail, "stop": stop}
     for act, root in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         acts[act](Path(root))
         dist.barrier()

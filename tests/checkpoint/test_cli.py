@@ -268,6 +268,7 @@ def test_no_command_imports_torch(root: Path, tmp_path: Path) -> None:
         import sys
         from stoker.checkpoint.cli import app
         for arguments in (["ls", {str(root)!r}], ["show", {str(root)!r}], ["verify", {str(root)!r}, "--all"],
+                          ["diff", {str(root)!r}, "1", "2"], ["gc", {str(root)!r}, "--grace", "0"],
                           ["zarr", {str(root)!r}, "-o", {str(tmp_path / "refs.json")!r}]):
             app(arguments, standalone_mode=False)
         assert "torch" not in sys.modules and "zarr" not in sys.modules
@@ -277,6 +278,6 @@ def test_no_command_imports_torch(root: Path, tmp_path: Path) -> None:
 
 
 def test_every_command_explains_itself_with_examples() -> None:
-    for command in ("ls", "show", "verify", "zarr"):
+    for command in ("ls", "show", "verify", "diff", "gc", "zarr"):
         text = run(command, "--help").stdout
         assert f"stoker ckpt {command} /" in text and f"stoker ckpt {command} s3://" in text

@@ -1,6 +1,7 @@
 """The log on a real store: records, transitions one by one, failing stores, and two processes that race."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ live_steps = st.builds(
         st.lists(st.text(max_size=5), max_size=2).map(tuple),
         max_size=2,
     ),
+    metrics=st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False) | st.just(math.nan), max_size=2),
 )
 records = st.builds(
     Record,
@@ -133,6 +135,12 @@ def test_a_later_minor_version_may_add_keys() -> None:
     assert Record.from_json(sealed(body_of(record, comment="x")), place="log") == record
 
 
+def test_a_step_that_was_saved_without_metrics_has_none() -> None:
+    body = body_of(history(10))
+    del body["live"]["10"]["metrics"]
+    assert Record.from_json(sealed(body), place="log") == history(10)
+
+
 LIVE = {"nonce": "0" * 16, "manifest_sha256": SHA256, "refs": {}}
 
 
@@ -151,6 +159,9 @@ LIVE = {"nonce": "0" * 16, "manifest_sha256": SHA256, "refs": {}}
         {"live": {"1": LIVE | {"manifest_sha256": "x"}}},
         {"live": {"1": LIVE | {"refs": {"../x": []}}}},
         {"live": {"1": LIVE | {"refs": {step_directory(1, "0" * 16): [1]}}}},
+        {"live": {"1": LIVE | {"metrics": {"loss": "high"}}}},
+        {"live": {"1": LIVE | {"metrics": {"loss": True}}}},
+        {"live": {"1": LIVE | {"metrics": [1.0]}}},
         {"dead": ["../x"]},
         {"dead": [1]},
         {"dead": None},
@@ -198,6 +209,11 @@ def test_a_run_opens_once_and_again_only_above_its_own_term() -> None:
     again = open_record(collect_record(head, nonces=["f" * 16]), "a", above_term=head.term)
     assert (again.term, again.dead) == (2, ())
     assert open_record(again, "a", above_term=head.term) is again
+
+
+def test_a_run_that_was_fenced_may_not_open_again() -> None:
+    with pytest.raises(Fenced):
+        open_record(open_record(history(10), "b"), "a", above_term=1)
 
 
 def test_going_back_abandons_newer_steps_and_announces_them() -> None:

@@ -11,7 +11,7 @@ That the simulation can see what it looks for is proved by mutants: take any sin
 import random
 from collections import Counter
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -63,6 +63,7 @@ class Rules:
     append: Callable[[Transition], Generator[Request, Any, Record]] = append_steps
     exclusive_create: bool = True
     open_before_data: bool = True
+    open_again_before_data: bool = True
     announce_before_delete: bool = True
     list_before_head: bool = True
 
@@ -194,9 +195,16 @@ def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Proce
             nonce = nonce_of(run_id, step, nth)
             if term is None and rules.open_before_data:
                 term = yield from take_term(world, run_id, rewind_to)
+            opens_again = i == 2 and nth == 0  # to forget the dead
+            if term and opens_again and rules.open_again_before_data:
+                term = yield from take_term(world, run_id, None, above_term=term)
+            if term == 0:
+                return
             for part in range(FILES):
                 yield
                 world.files.add((nonce, part))
+            if term and opens_again and not rules.open_again_before_data:
+                term = yield from take_term(world, run_id, None, above_term=term)
             if term is None:
                 term = yield from take_term(world, run_id, rewind_to)
             if term == 0:
@@ -226,14 +234,22 @@ def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Proce
             break
 
 
-def take_term(world: World, run_id: str, rewind_to: int | None) -> Process[int]:
-    """The term; 0 if the run can't start."""
+def take_term(world: World, run_id: str, rewind_to: int | None, *, above_term: int = 0) -> Process[int]:
+    """The term; 0 if the run can't start, or go on."""
+
+    def opening(head: Record | None) -> Record:
+        return world.rules.open(head, run_id, rewind_to=rewind_to, above_term=above_term)
+
     try:
-        record = yield from ask(
-            world, world.rules.append(lambda head: world.rules.open(head, run_id, rewind_to=rewind_to))
-        )
+        record = yield from ask(world, world.rules.append(opening))
     except (NoCheckpoint, StoreUnavailable):
         return 0
+    except Fenced:
+        world.seen["a run that was fenced when it opened again"] += 1
+        return 0
+    world.seen["a run that opens again"] += above_term > 0
+    if above_term and record.term != above_term + 1:
+        world.violations["a fenced run took the root back"] += 1
     return record.term
 
 
@@ -304,6 +320,37 @@ def simulate(seed: int, rules: Rules) -> World:
     return world
 
 
+@dataclass(frozen=True, kw_only=True)
+class SchedulesReport:
+    """What many schedules came to: how often each rare thing happened, and a sentence for each violation."""
+
+    num_schedules: int
+    seen: dict[str, int]
+    violations: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.violations
+
+    def __str__(self) -> str:
+        lines = [f"schedules: {self.num_schedules:,} of the log, {self.seen.get('a commit', 0):,} commits"]
+        return "\n".join([*lines, *(f"NOT {violation}" for violation in self.violations)])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"trial": "schedules", "ok": self.ok, **asdict(self)}
+
+
+def run_schedules(num_schedules: int, *, first_seed: int = 0, rules: Rules | None = None) -> SchedulesReport:
+    """One schedule for each seed; the suite runs some, the trial ``schedules`` of ``make prove`` many more."""
+    seen: Counter[str] = Counter()
+    violations = []
+    for seed in range(first_seed, first_seed + num_schedules):
+        world = simulate(seed, rules or Rules())
+        violations += [f"seed {seed}: {violation}" for violation in world.violations]
+        seen += world.seen
+    return SchedulesReport(num_schedules=num_schedules, seen=dict(seen), violations=violations)
+
+
 GUARDS = [
     "a commit",
     "a fenced writer",
@@ -315,18 +362,23 @@ GUARDS = [
     "a number that was truncated taken again",
     "a record truncated between LIST and GET",
     "a rewind",
+    "a run that opens again",
+    "a run that was fenced when it opened again",
     "garbage collected",
 ]
 
 
 def test_no_schedule_breaks_an_invariant_and_every_guard_is_needed_somewhere() -> None:
-    seen: Counter[str] = Counter()
-    for seed in range(NUM_SEEDS):
-        world = simulate(seed, Rules())
-        assert not world.violations, (seed, world.violations)
-        seen += world.seen
-    assert all(seen[guard] > 10 for guard in GUARDS), seen
-    assert set(seen) == set(GUARDS)
+    report = run_schedules(NUM_SEEDS)
+    assert report.ok, report
+    assert report.seen.keys() == set(GUARDS)
+    assert all(count > 10 for count in report.seen.values()), report.seen
+
+
+def test_a_report_names_the_seeds_that_broke_an_invariant() -> None:
+    report = run_schedules(50, rules=Rules(announce_before_delete=False))
+    assert not report.ok and "NOT seed" in str(report)
+    assert report.to_json()["violations"] == report.violations
 
 
 # ---- mutants: each takes one guard away
@@ -370,6 +422,12 @@ def open_without_a_new_term(head: Record | None, run_id: str, **wanted: Any) -> 
     return record if record is head or head is None else replace(record, term=head.term)
 
 
+def open_again_without_asking(head: Record | None, run_id: str, *, above_term: int, **wanted: Any) -> Record:
+    if head is not None and head.run_id == run_id and head.term > above_term:
+        return head
+    return open_record(replace(head, run_id="") if head is not None else None, run_id, **wanted)
+
+
 def collect_and_forget(head: Record | None, *, nonces: set[str]) -> Record:
     record = collect_record(head, nonces=nonces)
     return record if record is head or head is None else replace(record, dead=record.dead[len(head.dead) :])
@@ -406,6 +464,7 @@ def append_that_gives_up_on_a_lost_reply(transition: Transition) -> Generator[Re
 MUTANTS: dict[str, Rules] = {
     "a commit needs no term of its own": Rules(commit=commit_under_any_term),
     "opening takes no new term": Rules(open=open_without_a_new_term),
+    "a fenced run may open again": Rules(open=open_again_without_asking),
     "the dead may be committed": Rules(commit=commit_of_the_dead),
     "a step may be committed over another attempt": Rules(commit=commit_over_another),
     "retention announces nothing": Rules(commit=commit_without_announcing),
@@ -415,6 +474,7 @@ MUTANTS: dict[str, Rules] = {
     "a collector deletes before it announces": Rules(announce_before_delete=False),
     "a collector lists after it looked at the log": Rules(list_before_head=False),
     "data is written before the term is taken": Rules(open_before_data=False),
+    "data is written before the term is taken again": Rules(open_again_before_data=False),
     "no second look after an append": Rules(append=append_without_a_second_look),
     "a lost reply is a failure": Rules(append=append_that_gives_up_on_a_lost_reply),
     "a record may be overwritten": Rules(exclusive_create=False),

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from stoker.checkpoint import CheckpointManager, RngState, load, save
+from stoker.checkpoint import CheckpointManager, RngState, load, manager, save
 from stoker.errors import (
     ConfigError,
     CorruptBlock,
@@ -33,6 +34,7 @@ from stoker.errors import (
 )
 from stoker.storage import local
 from stoker.storage._posix import shared_memory_directory
+from stoker.testing.s3 import S3Server
 
 
 def trained(seed: int, steps: int = 3) -> dict[str, Any]:
@@ -216,6 +218,27 @@ def test_a_step_older_than_the_newest_can_be_restored_and_the_next_save_rewinds(
         assert tree == {"x": 22}
 
 
+def test_whoever_restores_the_newest_step_after_an_older_one_abandons_nothing(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        for step in (1, 2, 3):
+            ckpt.save(step, {"x": step}).wait()
+        tree = {"x": 0}
+        ckpt.restore(tree, step=1)
+        ckpt.restore(tree)
+        assert tree == {"x": 3}
+        ckpt.save(4, tree).wait()
+        assert ckpt.steps() == [1, 2, 3, 4]
+
+
+def test_what_an_older_run_still_commits_after_an_explicit_restore_is_abandoned(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as old, CheckpointManager(tmp_path) as new:
+        old.save(1, {"x": 1}).wait()
+        new.restore({"x": 0}, step=1)
+        old.save(2, {"x": 2}).wait()
+        new.save(3, {"x": 3}).wait()
+        assert new.steps() == [1, 3]
+
+
 def test_what_a_rewind_abandons_is_deleted_after_its_grace(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, grace_s=0) as ckpt:
         for step in (1, 2, 3):
@@ -307,6 +330,37 @@ def test_an_older_manager_is_fenced_by_a_newer_one(tmp_path: Path) -> None:
         with pytest.raises(Fenced):
             old.save(3, {"x": 3}).wait()
         assert new.steps() == [1, 2]
+
+
+def test_a_fenced_manager_stays_fenced_when_its_turn_to_open_again_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "_SAVES_IN_A_TERM", 2)
+    with CheckpointManager(tmp_path) as old, CheckpointManager(tmp_path) as new:
+        old.save(1, {"x": 1}).wait()
+        new.save(2, {"x": 2}).wait()
+        for step in (3, 4, 5):
+            with pytest.raises(Fenced):
+                old.save(step, {"x": step}).wait()
+        new.save(6, {"x": 6}).wait()
+        assert new.steps() == [1, 2, 6]
+
+
+def test_a_thousand_saves_leave_a_log_of_bounded_size() -> None:
+    with tempfile.TemporaryDirectory(dir=shared_memory_directory()) as directory:
+        root = Path(directory)
+        longest = 0
+        with CheckpointManager(root, keep_last=2, grace_s=0) as ckpt:
+            for step in range(1000):
+                ckpt.save(step, {"x": step}).wait()
+                newest = min(root.glob("log/*"))
+                longest = max(longest, len(json.loads(newest.read_bytes())["record"]["dead"]))
+            assert ckpt.steps() == [998, 999]
+        assert 50 < longest <= 101
+        sizes = [path.stat().st_size for path in root.glob("log/*")]
+        assert len(sizes) <= 1100
+        assert max(sizes) < 4096
+        assert len(list(root.glob("step-*"))) == 2
 
 
 def test_a_failure_nobody_waited_for_is_raised_by_the_next_save_and_the_one_after_works(tmp_path: Path) -> None:
@@ -499,6 +553,16 @@ def test_a_rank_that_fails_is_named_to_all_and_the_next_save_works(tmp_path: Pat
     assert all("rank 1" in result[0] for result in (results[0], results[2])), results
 
 
+def test_rank_0_that_fails_at_the_first_save_is_heard_by_the_others(tmp_path: Path) -> None:
+    def work(ckpt: CheckpointManager) -> str:
+        with pytest.raises((SaveFailed, UnsupportedState)) as caught:
+            ckpt.save(1, {"t": torch.ones(4)} | ({"bad": object()} if ckpt.rank == 0 else {})).wait()
+        return str(caught.value)
+
+    results = on_every_rank(2, tmp_path, "run", work, persist_timeout_s=20.0)
+    assert all("bad" in result for result in results), results
+
+
 def test_a_rank_that_never_comes_is_named_at_the_deadline(tmp_path: Path) -> None:
     def work(ckpt: CheckpointManager) -> str:
         if ckpt.rank == 1:
@@ -535,6 +599,42 @@ ckpt.save(1, {{"t": torch.ones(1 << 20)}})
     with CheckpointManager(tmp_path) as ckpt:
         assert ckpt.steps() == [1]
     assert not list(shared_memory_directory().glob("arena-*"))
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(3)", 3), ("raise RuntimeError('training broke')", 1), ("ckpt.close()", 0)]
+)
+@pytest.mark.parametrize("block", ["with ckpt:", "if True:"])
+def test_however_a_process_ends_the_save_that_is_pending_is_committed(
+    tmp_path: Path, block: str, ending: str, code: int
+) -> None:
+    program = f"""
+import sys, torch
+from stoker.checkpoint import CheckpointManager
+ckpt = CheckpointManager({str(tmp_path)!r})
+{block}
+    ckpt.save(1, {{"t": torch.ones(1 << 22)}})
+    {ending}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert ("training broke" in done.stderr) == ("broke" in ending)
+    with CheckpointManager(tmp_path) as ckpt:
+        assert ckpt.steps() == [1]
+
+
+def test_a_process_that_exits_without_close_commits_to_an_object_store_too(s3_server: S3Server) -> None:
+    url = s3_server.url("stoker", "test-exit")
+    program = f"""
+import torch
+from stoker.checkpoint import CheckpointManager
+ckpt = CheckpointManager({url!r}, storage_options={s3_server.storage_options!r})
+ckpt.save(1, {{"t": torch.ones(5 << 20)}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with CheckpointManager(url, storage_options=s3_server.storage_options) as ckpt:
+        assert ckpt.steps() == [1]
 
 
 def test_a_killed_save_leaves_the_steps_before_and_the_next_run_clears_up(tmp_path: Path) -> None:

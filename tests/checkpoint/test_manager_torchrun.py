@@ -51,6 +51,9 @@ def test_one_rank_restores_what_two_saved(saved_by_two: Path) -> None:
     torchrun(1, "restore", saved_by_two)
 
 
-def test_three_ranks_restore_what_two_saved_and_name_the_rank_that_fails(saved_by_two: Path, tmp_path: Path) -> None:
-    torchrun(3, "restore", saved_by_two, "fail", tmp_path / "root")
+def test_three_ranks_restore_what_two_saved_name_the_rank_that_fails_and_stop_together(
+    saved_by_two: Path, tmp_path: Path
+) -> None:
+    torchrun(3, "restore", saved_by_two, "fail", tmp_path / "root", "stop", tmp_path / "stopped")
+    assert verify(tmp_path / "stopped").steps == (6,)
     assert verify(tmp_path / "root", all_steps=True).ok

@@ -1,6 +1,7 @@
 """The golden checkpoint: today's code reads it, and so do tools that know nothing of this package."""
 
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -15,8 +16,10 @@ import zarr
 
 from stoker.checkpoint import CheckpointManager, open_zarr
 from stoker.checkpoint.dcp import StokerReader
+from stoker.checkpoint.log import CheckpointLog
 from stoker.checkpoint.verify import verify
 from stoker.checkpoint.zarr import write_references
+from stoker.storage.local import LocalStore
 from tests.data import make_checkpoint as golden
 
 Expected = dict[str, dict[str, Any]]
@@ -89,6 +92,14 @@ def test_every_byte_of_it_is_verified() -> None:
     report = verify(golden.GOLDEN, all_steps=True)
     assert report.ok and report.steps == golden.STEPS
     assert report.num_bytes == sum(len(data) for name, data in contents(golden.GOLDEN).items() if "/" in name)
+
+
+def test_the_metrics_of_its_steps_are_read() -> None:
+    with LocalStore(golden.GOLDEN) as store:
+        head = CheckpointLog(store).head()
+    assert head is not None
+    assert {step: one.metrics["loss"] for step, one in head.live.items()} == {10: 0.1, 20: 0.05}
+    assert all(math.isnan(one.metrics["grad_norm"]) for one in head.live.values())
 
 
 def test_one_tensor_is_cut_unevenly_between_two_ranks() -> None:

@@ -84,7 +84,7 @@ def write(directory: Path) -> None:
     def save(rank: int) -> None:
         with CheckpointManager(directory, rank=rank, world_size=WORLD_SIZE, run_id="golden") as ckpt:
             for step in STEPS:
-                ckpt.save(step, tree(step, rank)).wait()
+                ckpt.save(step, tree(step, rank), metrics={"loss": 1 / step, "grad_norm": float("nan")}).wait()
 
     # The host's name goes into the fragments.
     with mock.patch("socket.gethostname", return_value="golden"), ThreadPoolExecutor(WORLD_SIZE) as threads:

@@ -1,5 +1,5 @@
 """``make prove``: kill real packing and saving processes, many times, and see that nothing is ever torn; break every
-request to a real object store in every way.
+request to a real object store in every way; run the log of checkpoints under many schedules.
 
 Command: ``python -m tests.faults.prove --level change|nightly|release [--trial NAME] [--seed N] [--dir DIR] [--json]``.
 Each trial with kills runs twice: at random moments, and just before each call that changes a file. Exit 1 on any
@@ -17,10 +17,18 @@ from typing import Literal
 
 from stoker._console import emit, progress
 from stoker.testing.kill import KillReport, Trial, run_trial
+from tests.checkpoint import test_log_simulation as schedules
 
 from . import network, packing, saving
 
 TRIALS: dict[str, Callable[[Path], Trial]] = {"packing": packing.trial, "saving": saving.trial}
+
+NUM_SCHEDULES = 20_000
+OTHERS: dict[str, Callable[[], network.NetworkReport | schedules.SchedulesReport]] = {
+    "network": network.prove_network,
+    "schedules": lambda: schedules.run_schedules(NUM_SCHEDULES, first_seed=1_000_000),
+}
+"""Trials without kills, the same at every level."""
 
 KILLS: dict[str, tuple[int, int | None]] = {"change": (200, 200), "nightly": (2_000, None), "release": (100_000, None)}
 """For each level, kills at random moments and kills at calls; None is one at each call that two passes make."""
@@ -62,16 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="prove", description="Kill processes and break requests; nothing may tear.")
     parser.add_argument("--level", choices=sorted(KILLS), default="change")
     parser.add_argument(
-        "--trial", choices=[*sorted(TRIALS), "network"], action="append", help="only this trial; may repeat"
+        "--trial", choices=[*sorted(TRIALS), *OTHERS], action="append", help="only this trial; may repeat"
     )
     parser.add_argument("--seed", type=int, help="of the random moments; drawn and printed by default")
     parser.add_argument("--dir", type=Path, help="where the processes work; shared memory by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output, nothing else")
     chosen = parser.parse_args(arguments)
-    reports: list[KillReport | network.NetworkReport] = []
-    for name in chosen.trial or [*sorted(TRIALS), "network"]:
-        if name == "network":
-            reports.append(network.prove_network())
+    reports: list[KillReport | network.NetworkReport | schedules.SchedulesReport] = []
+    for name in chosen.trial or [*sorted(TRIALS), *OTHERS]:
+        if name in OTHERS:
+            reports.append(OTHERS[name]())
             if not chosen.json:
                 emit({}, str(reports[-1]), as_json=False)
             continue
