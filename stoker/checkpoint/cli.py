@@ -9,7 +9,7 @@ import typer
 from .._console import JsonFlag, StorageOptions, emit, new_app, parse_options, progress
 from ..errors import ConfigError, CorruptionError, KeyNotFound, NoCheckpoint
 from ..storage._units import format_bytes
-from ..storage.store import open_store
+from ..storage.urls import open_store
 
 __all__ = ["app"]
 

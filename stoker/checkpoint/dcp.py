@@ -56,7 +56,8 @@ from torch.futures import Future as TorchFuture
 
 from ..errors import ConfigError, SaveFailed, UnsupportedError, UnsupportedState
 from ..storage._units import Buffer
-from ..storage.store import ObjectStore, open_store, redact_url
+from ..storage.store import ObjectStore, redact_url
+from ..storage.urls import open_store
 from . import values
 from .arena import Arena, root_id_of
 from .blob import Chunk

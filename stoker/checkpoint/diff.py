@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
+from ..storage.urls import open_store
 from .log import CheckpointLog, step_directory
 from .manifest import CRC_BLOCK_BYTES, BlobInfo, TensorInfo, WrittenChunk
 from .reader import Span, StepReader, read_manifest, resolve_step

@@ -573,7 +573,7 @@ class CheckpointLog:
     """The log of one root on an object store.
 
     >>> import tempfile
-    >>> from stoker.storage.store import open_store
+    >>> from stoker.storage.urls import open_store
     >>> with tempfile.TemporaryDirectory() as directory, open_store(directory) as store:
     ...     log = CheckpointLog(store)
     ...     term = log.append(lambda head: open_record(head, "run-a")).term

@@ -21,7 +21,8 @@ from ..errors import (
     UnsupportedError,
 )
 from ..metrics import counters
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
+from ..storage.urls import open_store
 from . import values
 from .arena import Arena, root_id_of, sweep_dead_arenas
 from .commit import (

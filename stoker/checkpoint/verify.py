@@ -12,7 +12,8 @@ from time import perf_counter
 from typing import Any
 
 from ..errors import CorruptionError, FormatError, KeyNotFound, NoCheckpoint
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
+from ..storage.urls import open_store
 from .log import CheckpointLog, LiveStep, Record, step_directory
 from .manifest import CRC_BLOCK_BYTES, BlobInfo, Fragment, Manifest
 from .reader import StepReader, read_manifest, resolve_step

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from ..storage import _posix
-from ..storage.store import open_store
+from ..storage.urls import open_store
 from ._zarr_view import Piece, TensorArray, ZarrView, padded
 from .log import CheckpointLog, step_directory
 from .reader import StepReader, read_manifest, resolve_step

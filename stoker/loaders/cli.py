@@ -115,7 +115,7 @@ def inspect(url: _Url, json: JsonFlag = False, option: StorageOptions = None) ->
     stoker data inspect /data/docs
     stoker data inspect s3://bucket/web --json -o endpoint_url=http://host:8333
     """
-    from ..storage.store import open_store
+    from ..storage.urls import open_store
     from ._tables import Tables
     from .verify import stored_bytes
 
@@ -157,7 +157,7 @@ def verify(url: _Url, json: JsonFlag = False, option: StorageOptions = None) -> 
     stoker data verify /data/docs
     stoker data verify s3://bucket/web --json -o endpoint_url=http://host:8333
     """
-    from ..storage.store import open_store
+    from ..storage.urls import open_store
     from ._tables import Tables
     from .verify import stored_bytes
     from .verify import verify as run
@@ -355,7 +355,7 @@ def replay(
 @contextmanager
 def _opened(url: str, option: list[str] | None, **choices: Any) -> "Iterator[TokenDataset]":
     from ..storage import TieredCache
-    from ..storage.store import is_local_url
+    from ..storage.urls import is_local_url
     from .dataset import TokenDataset
 
     # A remote data set is read through the node's cache, closed with it: no thread outlives the command.

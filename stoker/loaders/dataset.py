@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from ..errors import ConfigError, EmptyInput, StateMismatch
 from ..storage.cache import TieredCache
-from ..storage.store import ObjectStore, open_store, redact_url
+from ..storage.store import ObjectStore, redact_url
+from ..storage.urls import open_store
 from ._gather import RowGather, row_index
 from ._packed import DocumentRows, PackedRows, PackingReport, PieceGather, RowBorders
 from ._source import CachedSource, LocalSource, Source

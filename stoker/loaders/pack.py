@@ -9,7 +9,8 @@ from time import perf_counter
 from typing import Any, Literal, TypeAlias, get_args
 
 from ..errors import ConfigError, FormatError, KeyNotFound, MissingExtra
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
+from ..storage.urls import open_store
 from ._progress import create_once
 from ._tables import Tables
 from ._texts import Text, TextErrors, TextSources

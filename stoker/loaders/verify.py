@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptBlock, CorruptRecord, FormatError, KeyNotFound, ObjectChanged, StokerError
 from ..storage._checksums import crc32c
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
+from ..storage.urls import open_store
 from ._tables import Tables
 from .format import BLOCKS_KEY, LENGTHS_KEY, Fingerprint, check_digest, read_arrow, shard_key, shard_schema
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..storage.cache import TieredCache
-from ..storage.store import open_store
+from ..storage.urls import open_store
 from ._source import cache_blocks
 from ._tables import Tables
 

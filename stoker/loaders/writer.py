@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from ..errors import AlreadyExists, ConfigError, DatasetError, EmptyInput, StoreError
 from ..storage._checksums import crc32c, crc32c_blocks
 from ..storage._units import parse_bytes
-from ..storage.store import ObjectStore, open_store
+from ..storage.store import ObjectStore
+from ..storage.urls import open_store
 from ._arrow_file import ArrowFile, column, measure
 from ._progress import OpenDocument, ShardRecord, WriterOptions, claim, clear_progress, create_once, record_key
 from ._table_writer import write_tables

@@ -5,7 +5,8 @@ Importing this package pulls neither torch nor pyarrow.
 
 from .cache import Block, CacheStats, TieredCache
 from .network import NetworkPolicy
-from .store import ObjectInfo, ObjectStore, ObjectWriter, open_store
+from .store import ObjectInfo, ObjectStore, ObjectWriter
+from .urls import open_store
 
 __all__ = [
     "Block",

@@ -42,7 +42,7 @@ def doctor(
     stoker doctor s3://bucket/run -o endpoint_url=http://127.0.0.1:8333
     """
     from .doctor import diagnose
-    from .store import is_local_url
+    from .urls import is_local_url
 
     options = parse_options(option)
     if url is None and options:

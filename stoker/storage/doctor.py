@@ -31,7 +31,8 @@ from ..errors import AlreadyExists, BucketNotFound, ObjectChanged, StokerError, 
 from ..metrics import counters
 from ._locks import try_lock, unlock
 from ._units import format_bytes
-from .store import ObjectStore, is_local_url, open_store, redact_url
+from .store import ObjectStore, redact_url
+from .urls import is_local_url, open_store
 
 __all__ = ["Check", "Diagnosis", "Throughput", "Verdict", "diagnose"]
 

@@ -1,8 +1,8 @@
 """A remote store through another process, for forked children of a process that has used obstore.
 
 obstore's threads don't survive a fork, and a child that uses it hangs. So the child starts a helper,
-``python -m stoker.storage.fetch``, by exec, which inherits nothing, and sends it what it wants to know through a pipe.
-The helper ends when the pipe is closed, by :meth:`FetchedStore.close` or by the child's death.
+``python -m stoker.storage.fetch_helper``, by exec, which inherits nothing, and sends it what it wants to know through a
+pipe. The helper ends when the pipe is closed: when the child ends, however it ends.
 
 What goes through the pipes is pickled, between two processes of one user that hold both ends; nothing of it is stored.
 """
@@ -17,20 +17,18 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import StokerError, StoreUnavailable, UnsupportedError
+from ..errors import StoreUnavailable, UnsupportedError
 from ..metrics import counters
 from ._units import Buffer
 from .network import NetworkPolicy
 from .store import ObjectInfo, ObjectStore, ObjectWriter
 
-__all__ = ["FetchedStore"]
+__all__ = ["FetchedStore", "receive", "send"]
 
 _LENGTHS = struct.Struct("<QQ")  # of the pickled message and of the bytes behind it
 _PIPE_BYTES = 1 << 20  # the most that an ordinary user may ask for: /proc/sys/fs/pipe-max-size
@@ -38,7 +36,8 @@ _GRACE_S = 10.0
 """How much longer than its policy says a call may take: the helper has to start, and the deadline to come back."""
 
 
-def _send(pipe: IO[bytes], message: object, data: Buffer = b"") -> None:
+def send(pipe: IO[bytes], message: object, data: Buffer = b"") -> None:
+    """One message and bytes behind it."""
     head = pickle.dumps(message)
     view = memoryview(data).cast("B")
     pipe.write(_LENGTHS.pack(len(head), len(view)) + head)
@@ -46,7 +45,7 @@ def _send(pipe: IO[bytes], message: object, data: Buffer = b"") -> None:
     pipe.flush()
 
 
-def _receive(pipe: IO[bytes]) -> tuple[Any, memoryview]:
+def receive(pipe: IO[bytes]) -> tuple[Any, memoryview]:
     """Raises EOFError at the end of the pipe."""
     head_bytes, data_bytes = _LENGTHS.unpack(_read(pipe, _LENGTHS.size))
     message = pickle.loads(_read(pipe, head_bytes))
@@ -85,7 +84,7 @@ class _Helper:
             pipe = self._started()
             self._waiting[number] = answer
             with suppress(BrokenPipeError):  # then the reader tells everyone
-                _send(pipe, (number, what), data)
+                send(pipe, (number, what), data)
         try:
             reply, received = answer.get(timeout=timeout_s)
         except queue.Empty:
@@ -101,7 +100,7 @@ class _Helper:
             package = str(Path(__file__).resolve().parents[2])
             path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stoker.storage.fetch"],
+                [sys.executable, "-m", "stoker.storage.fetch_helper"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": path},
@@ -118,7 +117,7 @@ class _Helper:
         assert process.stdout is not None
         with suppress(EOFError, OSError, ValueError):
             while True:
-                (number, reply), data = _receive(process.stdout)
+                (number, reply), data = receive(process.stdout)
                 if (waiting := self._waiting.get(number)) is not None:
                     waiting.put((reply, data))
         ended = StoreUnavailable("the helper that fetches must run", value="it ended", place="stoker-fetch")
@@ -174,9 +173,7 @@ class FetchedStore(ObjectStore):
         self._timeout_s = policy.timeout_s + _GRACE_S
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from .store import open_store
-
-        return (partial(open_store, self._given[0], **dict(self._given[1])), ())
+        return (_reopen, (self._given[0], dict(self._given[1]), self.url))
 
     def _call(self, verb: str, method: str, *arguments: Any, key: str, data: Buffer = b"", size: int = 0) -> Any:
         counters.add(f"store.{verb}.requests")
@@ -233,48 +230,5 @@ class FetchedStore(ObjectStore):
         self._call("delete", "delete", key, key=key)
 
 
-# -------------------------------------------------------------------------------------------------------- in the helper
-
-
-def main() -> None:
-    """Serve requests from standard input until it is closed."""
-    from .store import open_store
-
-    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not break the protocol
-    stores: dict[Any, ObjectStore] = {}
-    sending = threading.Lock()
-
-    def serve(number: int, given: Any, method: str, arguments: tuple[Any, ...], data: memoryview) -> None:
-        reply: Any = None
-        sent = memoryview(b"")
-        try:
-            reply, sent = _answer(stores[repr(given)], method, arguments, data)
-        except StokerError as error:
-            reply = error
-        except Exception as error:  # noqa: BLE001 - it is raised in the process that asked
-            reply = StoreUnavailable("the helper that fetches must work", value=repr(error), place="stoker-fetch")
-        with sending, suppress(BrokenPipeError):
-            _send(replies, (number, reply), sent)
-
-    with ThreadPoolExecutor(64, thread_name_prefix="stoker-fetch") as threads, suppress(EOFError, KeyboardInterrupt):
-        while True:
-            (number, (given, method, arguments)), data = _receive(requests)
-            if repr(given) not in stores:
-                stores[repr(given)] = open_store(given[0], **dict(given[1]))
-            threads.submit(serve, number, given, method, arguments, data)
-
-
-def _answer(store: ObjectStore, method: str, arguments: tuple[Any, ...], data: memoryview) -> tuple[Any, memoryview]:
-    if method == "get":
-        key, start, end, version = arguments
-        return None, store.get(key, start, end, version=version)
-    if method == "list":
-        prefix, start_after, limit = arguments
-        return list(store.list(prefix, start_after=start_after, limit=limit)), memoryview(b"")
-    call: Callable[..., Any] = getattr(store, method)
-    return call(*arguments, data) if method in ("put", "create") else call(*arguments), memoryview(b"")
-
-
-if __name__ == "__main__":
-    main()
+def _reopen(url: str, storage_options: dict[str, Any], shown_url: str) -> FetchedStore:
+    return FetchedStore(url, storage_options, shown_url=shown_url)
