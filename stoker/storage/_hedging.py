@@ -15,6 +15,10 @@ _WINDOW = 500
 """Winners that are remembered for each size."""
 _LEAST = 30
 """Winners before the first hedge: percentiles of fewer say nothing."""
+_TOKENS = 20.0
+_TOKENS_PER_FIRST = 0.01
+"""Second requests are paid for by those that win, and beyond that one read in a hundred pays for one: where lateness is
+only the store's own load, they win nothing and add to it (5 % of the rate of a saturated server, measured)."""
 _EVERY = 25
 """Winners between two looks at the percentiles: sorting costs as much as some requests."""
 
@@ -43,11 +47,13 @@ class Hedging:
         self._delays_s: dict[int, float] = {}
         self._firsts = 0
         self._seconds = 0
+        self._tokens = _TOKENS
 
     def sent(self) -> None:
         """A first request was sent."""
         with self._lock:
             self._firsts += 1
+            self._tokens = min(_TOKENS, self._tokens + _TOKENS_PER_FIRST)
 
     def won(self, size: int, seconds: float) -> None:
         """A request for `size` bytes was the first to succeed, after `seconds`."""
@@ -69,7 +75,13 @@ class Hedging:
     def allow(self) -> bool:
         """Whether the budget has room for a second request, which is taken."""
         with self._lock:
-            if self._seconds + 1 > self._share * self._firsts:
+            if self._seconds + 1 > self._share * self._firsts or self._tokens < 1:
                 return False
             self._seconds += 1
+            self._tokens -= 1
             return True
+
+    def paid_off(self) -> None:
+        """A second request won."""
+        with self._lock:
+            self._tokens = min(_TOKENS, self._tokens + 1)

@@ -191,6 +191,7 @@ class Network:
             if done.error is None:
                 if done.second:
                     counters.add("store.hedges.won")
+                    self._hedging.paid_off()
                 if attempt.hedge:
                     self._hedging.won(attempt.size, done.seconds)
                 return done.result  # type: ignore[return-value]  # set where error is not

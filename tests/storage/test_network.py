@@ -167,6 +167,19 @@ def test_second_requests_never_exceed_their_share(asks: list[bool], share: float
         assert seconds <= share * firsts
 
 
+def test_second_requests_that_never_win_become_few_and_those_that_win_go_on() -> None:
+    losing, winning, sent = Hedging(0.05), Hedging(0.05), [0, 0]
+    for number in range(10_000):
+        for which, hedging in enumerate((losing, winning)):
+            hedging.sent()
+            if number % 25 == 0 and hedging.allow():
+                sent[which] += 1
+                if hedging is winning:
+                    hedging.paid_off()
+    assert sent[1] >= 395
+    assert sent[0] <= 20 + 100
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
