@@ -41,6 +41,8 @@ _MAX_KILLS = 8
 _RUN_TIMEOUT_S = 900.0
 _DATA_BYTES = 64 << 20
 """Disk for the data set, the tokenizer and the logs, with room to spare."""
+_FULL_BYTES = 1 << 20
+"""Less than that free, and a run that failed did so for want of it."""
 _LOSS_TOLERANCE = 1e-3
 """Relative: two ranks add their gradients in another order than one, and a dozen steps of AdamW carry that on."""
 
@@ -313,7 +315,19 @@ class _Run:
             code = process.poll()
         if code != 0:
             value = "still running" if code is None else f"code {code}: {self._tail()}"
-            raise StokerError("a training run must end with code 0", value=value, place=self.name)
+            raise self._failure("a training run must end with code 0", value)
+
+    def _failure(self, rule: str, value: str) -> StokerError:
+        # On a full disk a run can't even write down why it ended.
+        free = shutil.disk_usage(self.work).free
+        if free < _FULL_BYTES:
+            return StoreFull(
+                "the disk is full",
+                value=f"{format_bytes(free)} free",
+                place=str(self.work),
+                hint="free space, run again",
+            )
+        return StokerError(rule, value=value, place=self.name)
 
     def _tail(self) -> str:
         lines = self._output.read_text(errors="replace").strip().splitlines()
@@ -331,7 +345,7 @@ class _Run:
                     step = int(saving[-1]["step"])
                     return None if step in self.place.committed(self.name) else step
                 time.sleep(0.001)
-        raise StokerError("the run must reach a save", value=self._tail(), place=self.name)
+        raise self._failure("the run must reach a save", self._tail())
 
 
 def _kill_once(run: _Run, after_step: int) -> int:
