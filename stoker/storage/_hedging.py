@@ -29,8 +29,9 @@ class Hedging:
 
     >>> hedging = Hedging(share=0.05)
     >>> for n in range(100):
-    ...     hedging.sent(); hedging.won(4096, 0.010)
-    >>> hedging.delay_s(4096)
+    ...     delay_s = hedging.sent(4096)
+    ...     hedging.won(4096, 0.010)
+    >>> delay_s
     0.025
     >>> [hedging.allow() for _ in range(6)]
     [True, True, True, True, True, False]
@@ -49,11 +50,13 @@ class Hedging:
         self._seconds = 0
         self._tokens = _TOKENS
 
-    def sent(self) -> None:
-        """A first request was sent."""
+    def sent(self, size: int) -> float | None:
+        """A first request, for `size` bytes, is sent. How long to wait before asking again; None for not at all: too
+        little is known, or the budget is spent."""
         with self._lock:
             self._firsts += 1
             self._tokens = min(_TOKENS, self._tokens + _TOKENS_PER_FIRST)
+            return self._delays_s.get(size.bit_length()) if self._has_budget() else None
 
     def won(self, size: int, seconds: float) -> None:
         """A request for `size` bytes was the first to succeed, after `seconds`."""
@@ -67,15 +70,13 @@ class Hedging:
                 ordered = sorted(winners)
                 self._delays_s[size] = max(ordered[int(0.95 * len(ordered))], 2.5 * ordered[len(ordered) // 2])
 
-    def delay_s(self, size: int) -> float | None:
-        """How long to wait for `size` bytes before asking again; None while too little is known."""
-        with self._lock:
-            return self._delays_s.get(size.bit_length())
+    def _has_budget(self) -> bool:
+        return self._seconds + 1 <= self._share * self._firsts and self._tokens >= 1
 
     def allow(self) -> bool:
         """Whether the budget has room for a second request, which is taken."""
         with self._lock:
-            if self._seconds + 1 > self._share * self._firsts or self._tokens < 1:
+            if not self._has_budget():
                 return False
             self._seconds += 1
             self._tokens -= 1

@@ -16,13 +16,14 @@ from ..errors import DeadlineExceeded
 __all__ = ["lock", "try_lock", "unlock"]
 
 _SETLK = getattr(fcntl, "F_OFD_SETLK", None)
+_FLOCK = struct.Struct("hhqqi")
+"""``struct flock`` of 64-bit Linux: type, whence, start, length, pid (which must be 0 here)."""
 
 
 def _set(fd: int, kind: int, byte: int) -> None:
     if _SETLK is None:
         raise OSError(errno.ENOTSUP, "this system has no open-file-description locks")
-    # struct flock of 64-bit Linux: type, whence, start, length, pid (which must be 0 here).
-    fcntl.fcntl(fd, _SETLK, struct.pack("hhqqi", kind, os.SEEK_SET, byte, 1, 0))
+    fcntl.fcntl(fd, _SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
 def try_lock(fd: int, byte: int, *, shared: bool = False) -> bool:

@@ -24,7 +24,9 @@ _RETRIES: dict[str, Any] = {
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
 _LONGEST_REQUEST_S = 300.0
-"""For a request that its caller has left: the end of the thread that waits for it."""
+"""For a write that its caller has left: the end of the thread that waits for it."""
+RANGE_BYTES = 8 * 2**20
+"""The largest GET. AWS advises 8 to 16 MiB; of one size, so that a late one shows."""
 
 _HTTP = ("http", "https")
 _AZURE = ("az", "abfs", "abfss")
@@ -161,10 +163,11 @@ def make_client(
     from obstore.store import AzureStore, GCSStore, HTTPStore, S3Store
 
     client_options: dict[str, Any] = {"connect_timeout": timedelta(seconds=policy.connect_timeout_s)}
+    longest_s = policy.attempt_timeout_s if kind == "bulk" else _LONGEST_REQUEST_S
     if kind in ("read", "spare"):
         # Counted from the start of a request, so it would cut long uploads.
         client_options["read_timeout"] = timedelta(seconds=policy.stall_timeout_s)
-    longest_s = policy.attempt_timeout_s if kind == "bulk" else _LONGEST_REQUEST_S
+        longest_s = policy.request_timeout_s(RANGE_BYTES)
     client_options["timeout"] = timedelta(seconds=longest_s)
     endpoint_url = (config.endpoint_url or "").rstrip("/")
     if endpoint_url.startswith("http://"):

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -37,7 +38,7 @@ from ..metrics import counters
 from ._coverage import Coverage
 from ._listing import in_lexical_order, lowest_offset
 from ._remote_errors import RangeNotSatisfiable, WrongRange, typed_error
-from ._remote_options import ClientKind, make_client, obstore, parse
+from ._remote_options import RANGE_BYTES, ClientKind, make_client, obstore, parse
 from ._units import Buffer
 from .fetch import FetchedStore
 from .network import Attempt, NetworkPolicy, use_network
@@ -54,8 +55,6 @@ _MAX_PARTS = 10_000  # of one upload, S3's limit: https://docs.aws.amazon.com/Am
 _PARTS_IN_FLIGHT = 8
 _SINGLE_PUT_BYTES = 32 * 2**20
 _RANGES_AT_ONCE = 8
-_RANGE_BYTES = 8 * 2**20
-"""One GET. AWS advises 8 to 16 MiB; of one size, so that a late one shows."""
 _PAGE_KEYS = 1000  # of one LIST request, everywhere
 
 _runtime_pid: int | None = None
@@ -125,7 +124,7 @@ class RemoteStore(ObjectStore):
             return self._empty_range(key, start, version)
         if end is None:
             return self._get_to_end(key, start, version)
-        if end - start <= _RANGE_BYTES:
+        if end - start <= RANGE_BYTES:
             return self._get_range(key, start, end, version)[1]
         buffer = memoryview(bytearray(end - start))
         self.get_into(key, buffer, start, version=version)
@@ -139,14 +138,14 @@ class RemoteStore(ObjectStore):
         if not len(buffer):
             self._empty_range(key, start, version)
             return
-        end = start + min(len(buffer), _RANGE_BYTES)
+        end = start + min(len(buffer), RANGE_BYTES)
         info, data = self._get_range(key, start, end, version)
         buffer[: len(data)] = data
         self._get_rest(key, buffer, start, len(data), info.version)
 
     def _get_to_end(self, key: str, start: int, version: str | None) -> memoryview:
         # Servers of plain HTTP may know no ranges, which whole objects don't need.
-        end = None if self._read_only and not start else start + _RANGE_BYTES
+        end = None if self._read_only and not start else start + RANGE_BYTES
         try:
             info, data = self._get_range(key, start, end, version, clamped=True)
         except RangeNotSatisfiable:  # from the very end on there is nothing, which is no error
@@ -162,10 +161,10 @@ class RemoteStore(ObjectStore):
         """Fill ``buffer[done:]``, several ranges at once, all of one version."""
 
         def fetch(first: int) -> None:
-            part = buffer[first : first + _RANGE_BYTES]
+            part = buffer[first : first + RANGE_BYTES]
             part[:] = self._get_range(key, start + first, start + first + len(part), version)[1]
 
-        firsts = range(done, len(buffer), _RANGE_BYTES)
+        firsts = range(done, len(buffer), RANGE_BYTES)
 
         def lane(number: int) -> None:
             for first in firsts[number::_RANGES_AT_ONCE]:
@@ -431,8 +430,11 @@ class RemoteStore(ObjectStore):
             with self._translated(key):
                 return send(second)
 
+        # The client that reads has a time-out for the whole of a request.
+        ends_in_s = self._policy.request_timeout_s(RANGE_BYTES) if hedge else inf
+        attempt = Attempt(send=once, place=self.place(key), size=size, hedge=hedge, ends_in_s=ends_in_s)
         try:
-            result = self._network.call(Attempt(send=once, place=self.place(key), size=size, hedge=hedge))
+            result = self._network.call(attempt)
         except KeyNotFound:
             if not self._bucket_seen:  # a bare 404, to HEAD, does not say what is missing
                 self._require_bucket()

@@ -140,19 +140,31 @@ def test_an_outage_of_ten_seconds_sees_few_requests_however_many_callers_there_a
 def test_a_late_percent_does_not_move_the_moment_of_hedging() -> None:
     hedging = Hedging(0.05)
     for number in range(500):
-        hedging.sent()
+        hedging.sent(1 << 20)
         hedging.won(1 << 20, 1.5 if number % 100 == 50 else 0.010)
-    assert hedging.delay_s(1 << 20) == pytest.approx(0.025)
+    assert hedging.sent(1 << 20) == pytest.approx(0.025)
 
 
 def test_too_few_winners_say_nothing_and_sizes_are_apart() -> None:
     hedging = Hedging(0.05)
     for _ in range(29):
+        assert hedging.sent(1 << 20) is None
         hedging.won(1 << 20, 0.010)
-    assert hedging.delay_s(1 << 20) is None
+    assert hedging.sent(1 << 20) is None
     hedging.won(1 << 20, 0.010)
-    assert hedging.delay_s(1 << 20) is not None
-    assert hedging.delay_s(1 << 23) is None
+    assert hedging.sent(1 << 20) is not None
+    assert hedging.sent(1 << 23) is None
+
+
+def test_without_budget_no_read_waits_for_the_moment_of_its_second_request() -> None:
+    hedging = Hedging(0.05)
+    for _ in range(100):
+        hedging.sent(1 << 20)
+        hedging.won(1 << 20, 0.010)
+    assert hedging.sent(1 << 20) is not None
+    while hedging.allow():
+        pass
+    assert hedging.sent(1 << 20) is None
 
 
 @given(st.lists(st.booleans(), max_size=400), st.sampled_from([0.0, 0.02, 0.05]))
@@ -162,7 +174,7 @@ def test_second_requests_never_exceed_their_share(asks: list[bool], share: float
         if ask:
             seconds += hedging.allow()
         else:
-            hedging.sent()
+            hedging.sent(1)
             firsts += 1
         assert seconds <= share * firsts
 
@@ -171,7 +183,7 @@ def test_second_requests_that_never_win_become_few_and_those_that_win_go_on() ->
     losing, winning, sent = Hedging(0.05), Hedging(0.05), [0, 0]
     for number in range(10_000):
         for which, hedging in enumerate((losing, winning)):
-            hedging.sent()
+            hedging.sent(1)
             if number % 25 == 0 and hedging.allow():
                 sent[which] += 1
                 if hedging is winning:
@@ -400,6 +412,24 @@ def test_an_answer_stands(net: Network) -> None:
 def test_a_mistake_of_ours_is_raised_and_not_repeated(net: Network) -> None:
     with pytest.raises(ZeroDivisionError):
         net.call(Attempt(send=Script(ZeroDivisionError()), place="a"))
+
+
+def test_only_a_read_that_ends_by_itself_and_gets_no_second_request_stays_on_its_thread(net: Network) -> None:
+    def on(attempt: Attempt[int]) -> str:
+        return "its own" if net.call(attempt) == threading.get_ident() else "another"
+
+    def send(second: bool) -> int:
+        return threading.get_ident()
+
+    soon = Attempt(send=send, place="a", hedge=True, ends_in_s=1.0)
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(on, soon).result() == "its own"
+        assert on(soon) == "another"  # the main thread must hear Ctrl-C
+        assert thread.submit(on, Attempt(send=send, place="a", hedge=True)).result() == "another"
+        assert thread.submit(on, Attempt(send=send, place="a", hedge=True, ends_in_s=60.0)).result() == "another"
+        for _ in range(50):  # from here on a second request may follow
+            thread.submit(on, soon).result()
+        assert thread.submit(on, soon).result() == "another"
 
 
 def test_a_request_that_never_ends_is_given_up_by_the_deadline(net: Network) -> None:
