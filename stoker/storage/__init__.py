@@ -3,13 +3,15 @@
 Importing this package pulls neither torch nor pyarrow.
 """
 
-from .cache import Block, CacheStats, TieredCache
+from .blocks import Block
+from .cache import CacheReader, CacheStats, TieredCache
 from .network import NetworkPolicy
 from .store import ObjectInfo, ObjectStore, ObjectWriter
 from .urls import open_store
 
 __all__ = [
     "Block",
+    "CacheReader",
     "CacheStats",
     "NetworkPolicy",
     "ObjectInfo",

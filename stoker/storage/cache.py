@@ -1,77 +1,50 @@
 """The block cache of a node: RAM tier, disk tier, origin; shared by all processes, without a daemon.
 
 The unit is the immutable :class:`Block`. A block is fetched once for all threads and processes, checked against the
-checksum that its data set carries, kept in the first tier that has room and handed out as a view of the cached file.
-Once the tiers are full, what is there stays and newcomers pass through: in scans that read every block once an epoch,
-recency says nothing, and evicting by it drops to 0 % hits where keeping any fixed half gets 50 %. For other traffic there
-is SIEVE.
+checksum that its data set carries, kept in a tier and handed out as a view of the cached file.
+
+What stays once the tiers are full follows from what readers say that they will read (:class:`CacheReader`): the block
+that is needed last goes first, and one that will not be read again is not kept at all. Where nobody says, what is there
+stays and newcomers pass through: in scans that read every block once an epoch, recency says nothing, and evicting by it
+drops to 0 % hits where keeping any fixed half gets 50 %. For other traffic there is SIEVE.
 """
 
 import atexit
-import hashlib
 import logging
 import os
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-from ..errors import AccessDenied, ConfigError, CorruptBlock, StokerError, UnknownVersion, UnsupportedError
+from ..errors import ConfigError, CorruptBlock
 from ..metrics import counters
 from ._checksums import crc32c
-from ._posix import shared_memory_directory
+from ._layout import BlockFile
+from ._open_tiers import Policy, open_disk_tier, open_ram_tier
+from ._prefetch import Pace, PrefetchQueue, Wanted
 from ._units import parse_bytes
-from .eviction import Sieve
+from .blocks import Block, block_file
+from .eviction import NextUse, Sieve
+from .near import Near
 from .store import ObjectStore
-from .tiers import BlockFile, Tier, warn_once
+from .tiers import Tier
 
-__all__ = ["Block", "CacheStats", "TieredCache"]
+__all__ = ["Block", "CacheReader", "CacheStats", "TieredCache"]
 
 logger = logging.getLogger(__name__)
 
-Eviction = Literal["keep", "sieve"]
+Eviction = Literal["plan", "keep", "sieve"]
+_POLICIES: Mapping[str, Policy | None] = {"plan": NextUse, "keep": None, "sieve": Sieve}
 
-_DEFAULT_RAM_BYTES = 8 * 2**30
+_TELL_EVERY_S = 30.0  # some 10 ms for 30,000 blocks
 _PREFETCH_BYTES = 256 * 2**20
 _PREFETCH_THREADS = 8  # a guess: enough to overlap round trips to a store, few enough for two cores
 _FLIGHT_TIMEOUT_S = 5.0  # I6: a process that was stopped while it fetches holds up the others no longer
-_FREE_SHARE = 0.8  # of what is free, the most a tier takes: tmpfs pages count against the job's own memory limit
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Block:
-    """One immutable byte range of an object, and what its bytes must be.
-
-    Attributes:
-        key: the object, below its store's root.
-        version: what tells this content from another under the same key: a store's version or a manifest's digest.
-            It names the block; the store is not asked for it.
-        start, end: byte range, end exclusive.
-        crc32c: CRC32C of the bytes, from a manifest, never from beside the block.
-    """
-
-    key: str
-    version: str
-    start: int
-    end: int
-    crc32c: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end:
-            raise ConfigError("a block needs 0 <= start < end", value=f"[{self.start}, {self.end})", place=self.key)
-        if not 0 <= self.crc32c < 2**32:
-            raise ConfigError("crc32c must be an unsigned 32-bit integer", value=self.crc32c, place=self.key)
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the range."""
-        return self.end - self.start
 
 
 class CacheStats(NamedTuple):
@@ -105,28 +78,29 @@ class CacheStats(NamedTuple):
     """The limit in force; 0 without such a tier."""
     prefetch_bytes: int
     """Bytes of this process's prefetches that are under way, or held until their get for want of room in the tiers."""
+    prefetch_fetches: int
+    """Most prefetches that may be under way at once just now: fewer while there is much slack."""
+    slack_s: float
+    """Seconds of data ahead of the readers: until the first block is needed that was asked for and is not there yet; if
+    all are there, until the last one is. 0 if that is past, or nobody said when."""
+    near_hits: int
+    """Blocks that came from the cluster's cache instead of their origin; they count as no misses."""
+    near_hit_bytes: int
+    """Bytes of these."""
 
 
 class _Flight:
     """A block on its way: one thread fetches, the others wait."""
 
-    __slots__ = ("admitted", "done", "error", "view", "waiters")
+    __slots__ = ("admitted", "done", "error", "fetch_s", "view", "waiters")
 
     def __init__(self) -> None:
         self.done = threading.Event()
         self.view: memoryview | None = None
         self.error: BaseException | None = None
         self.admitted = False
+        self.fetch_s = 0.0  # how long it took, if it came from elsewhere than a tier
         self.waiters = 0
-
-
-class _Wanted(NamedTuple):
-    """A prefetch in the queue; `order` counts them."""
-
-    store: ObjectStore
-    block: Block
-    file: BlockFile
-    order: int
 
 
 # Guarantees: every public method may be called from any thread, and in a forked child (which has its own queue, and no
@@ -140,12 +114,19 @@ class TieredCache:
             ``/dev/shm``, at most 8 GiB. Never more than 80 % of what is free there and under the cgroup's limit.
         disk: directory of the disk tier, on local storage, empty or made by stoker. Default: none.
         disk_capacity: limit of the disk tier. Default: 80 % of what is free there.
-        near: URL of a cluster's shared cache. Not in this version.
+        near: URL of a cluster's shared cache that holds the origins' objects under their own names, asked before the
+            origin; see :class:`~stoker.storage.near.Near` for how they are looked for.
+        near_options: options of its store, as :func:`~stoker.storage.open_store` takes them.
+        near_timeout_s: how long a block may keep us waiting there before it is fetched from its origin; a cache that
+            fills itself at the first read takes longer than the origin then.
+        min_free: what the file systems of the tiers keep free, whoever fills them; below it blocks pass through until
+            there is more. Default: 5 % of each, at most 1 GiB.
         ram_path: directory of the RAM tier. Default: ``cache`` in ``/dev/shm/stoker-<uid>`` (``STOKER_SHM_DIR``).
         prefetch_bytes: most bytes that prefetches may have under way or hold for want of room.
-        eviction: ``"keep"`` what is there, for epochs; ``"sieve"`` makes room for every newcomer, in all tiers, by
-            removing what was not read of late, for traffic that reads some blocks again and most never. Blocks in
-            use stay. Processes that share a cache should agree on it.
+        eviction: ``"plan"``: by what readers have published with :meth:`reader`, as token loaders do; while nobody has,
+            what is there stays. ``"keep"`` what is there, whatever is published. ``"sieve"`` makes room for every
+            newcomer, in all tiers, by removing what was not read of late, for traffic that reads some blocks again and
+            most never. Blocks in use stay. Processes that share a cache should agree on it.
 
     Blocks outlive the process and the object: the next one finds them. The limits of the first process to open a
     directory bind it until the last has closed it; others that ask for different ones are told by a warning. The cache
@@ -160,7 +141,6 @@ class TieredCache:
     Raises:
         ConfigError: a size that is none, or a disk directory in use for something else.
         AccessDenied: a disk directory that is a link, not ours or open to others.
-        UnsupportedError: `near`.
 
     >>> import tempfile
     >>> from stoker.storage import Block, TieredCache, open_store
@@ -180,34 +160,44 @@ class TieredCache:
         disk: str | Path | None = None,
         disk_capacity: int | str | None = None,
         near: str | None = None,
+        near_options: Mapping[str, Any] | None = None,
+        near_timeout_s: float = 2.0,
+        min_free: int | str | None = None,
         ram_path: str | Path | None = None,
         prefetch_bytes: int | str = _PREFETCH_BYTES,
-        eviction: Eviction = "keep",
+        eviction: Eviction = "plan",
     ) -> None:
-        if near is not None:
-            raise UnsupportedError("near= is not in this version", place="TieredCache", hint="leave it out")
         if disk is None and disk_capacity is not None:
             raise ConfigError("disk_capacity needs disk", value=disk_capacity, place="TieredCache", hint="disk=PATH")
         if eviction not in get_args(Eviction):
-            raise ConfigError("eviction must be 'keep' or 'sieve'", value=eviction, place="TieredCache")
-        self._keeps = eviction == "keep"
-        policy = None if self._keeps else Sieve
+            raise ConfigError("eviction must be 'plan', 'keep' or 'sieve'", value=eviction, place="TieredCache")
+        if near is None and near_options:
+            raise ConfigError("near_options need near", place="TieredCache", hint="near=URL")
         self._config: dict[str, Any] = {
             "eviction": eviction,
             "ram": ram,
             "disk": disk,
             "disk_capacity": disk_capacity,
+            "near": near,
+            "near_options": near_options,
+            "near_timeout_s": near_timeout_s,
+            "min_free": min_free,
             "ram_path": ram_path,
             "prefetch_bytes": prefetch_bytes,
         }
         self._prefetch_limit = parse_bytes(prefetch_bytes, place="prefetch_bytes")
         ram_bytes = None if ram is None else parse_bytes(ram, place="ram")
         disk_bytes = None if disk_capacity is None else parse_bytes(disk_capacity, place="disk_capacity")
+        tiers: dict[str, Any] = {
+            "min_free_bytes": None if min_free is None else parse_bytes(min_free, place="min_free"),
+            "policy": _POLICIES[eviction],
+        }
         self._closed = False
+        self._near = None if near is None else Near(near, storage_options=near_options or {}, timeout_s=near_timeout_s)
         self._reset()
-        self._ram = None if ram_bytes == 0 else _ram_tier(ram_path, ram_bytes, policy)
+        self._ram = None if ram_bytes == 0 else open_ram_tier(ram_path, ram_bytes, **tiers)
         try:
-            self._disk = None if disk is None else _disk_tier(Path(disk), disk_bytes, policy)
+            self._disk = None if disk is None else open_disk_tier(Path(disk), disk_bytes, **tiers)
         except BaseException:
             if self._ram is not None:
                 self._ram.close()
@@ -217,12 +207,16 @@ class TieredCache:
     def _reset(self) -> None:
         self._lock = threading.Condition()
         self._flights: dict[str, _Flight] = {}
-        self._queue: OrderedDict[str, _Wanted] = OrderedDict()
-        self._held: dict[str, tuple[memoryview, int]] = {}
+        self._queue = PrefetchQueue()
+        self._pace = Pace(_PREFETCH_THREADS)
+        self._under_way: dict[str, Wanted] = {}  # prefetches that a thread is at
+        self._held: dict[str, tuple[memoryview, Wanted]] = {}
         self._failed: dict[str, BaseException] = {}
         self._prefetch_bytes = 0
-        self._next_order = 0
-        self._taken_order = -1
+        self._taken: dict[str | None, int] = {}  # of each reader: the latest asked for of the blocks that it took
+        self._last_due_s: dict[str | None, float] = {}  # of each reader, and of all: of the blocks that have landed
+        self._readers: dict[str, CacheReader] = {}
+        self._takes_s: dict[str, float] = {}  # seconds that a unit of each reader's time takes
         self._threads: list[threading.Thread] = []
         self._counts: dict[str, int] = {}
 
@@ -249,14 +243,14 @@ class TieredCache:
             CorruptBlock: the object itself differs from the checksum (fetched twice).
             StokerError: what fetching raised, here or in a prefetch of this block.
         """
-        file = _block_file(store, block)
+        file = block_file(store, block)
         view = self._resident(file, block, count=True)
         if view is not None:
             return view
         with self._lock:
             self._require_open()
-            if (wanted := self._queue.pop(file.name, None)) is not None:
-                self._took(wanted.order)
+            if (wanted := self._queue.pop(file.name)) is not None:
+                self._took(wanted)
             if (error := self._failed.pop(file.name, None)) is not None:
                 raise error
             if (held := self._held.pop(file.name, None)) is not None:
@@ -272,7 +266,7 @@ class TieredCache:
                 flight.waiters += 1
                 mine = False
         if mine:
-            return self._fly(flight, _Wanted(store, block, file, -1), ahead=False)
+            return self._fly(flight, store, block, file)
         flight.done.wait()
         if flight.error is not None:
             raise flight.error
@@ -292,16 +286,19 @@ class TieredCache:
                 return view
         return None
 
-    def _fly(self, flight: _Flight, wanted: _Wanted, *, ahead: bool) -> memoryview:
+    def _fly(
+        self, flight: _Flight, store: ObjectStore, block: Block, file: BlockFile, ahead: Wanted | None = None
+    ) -> memoryview:
         """Bring a block in for everyone who waits for it; `ahead` of its get, or for one."""
-        store, block, file, _ = wanted
+        began = monotonic()
         try:
             # Between our first look and taking off, another thread may have landed with it.
             view = self._resident(file, block, count=False)
             if view is not None:
                 flight.admitted = True
             else:
-                view, flight.admitted = self._fill_once(store, block, file, count=not ahead)
+                view, flight.admitted = self._fill_once(store, block, file, count=ahead is None)
+                flight.fetch_s = monotonic() - began
             flight.view = view
         except BaseException as error:
             flight.error = error
@@ -309,8 +306,8 @@ class TieredCache:
         finally:
             with self._lock:
                 del self._flights[file.name]
-                if ahead:
-                    self._landed_ahead(flight, wanted)
+                if ahead is not None:
+                    self._landed_ahead(flight, ahead)
             flight.done.set()
         return view
 
@@ -346,21 +343,31 @@ class TieredCache:
 
     def _fill(self, store: ObjectStore, block: Block, file: BlockFile) -> tuple[memoryview, bool]:
         """Fetch, check, keep. Returns the bytes and whether a tier holds them."""
-        view = self._fetch(store, block)
+        view = self._fetch_near(store, block) or self._fetch(store, block)
         found: memoryview | None = None
         for tier in self._tiers:
-            # What we return is read back from the tier, so that all processes share its pages.
-            if tier.admit(file, view) and found is None:
-                found = tier.lookup(file, is_use=False)
             # Where blocks are evicted from shared memory, they must be on disk by then.
-            if found is not None and self._keeps:
+            if found is not None and not tier.may_evict:
                 break
+            # What we return is read back from the tier, so that all processes share its pages.
+            if tier.admit(file, view, is_held=found is not None) and found is None:
+                found = tier.lookup(file, is_use=False)
         if found is not None:
             return found, True
         with self._lock:
             self._count("pass_through", 1)
         counters.add("cache.pass_through")
         return view.toreadonly(), False
+
+    def _fetch_near(self, store: ObjectStore, block: Block) -> memoryview | None:
+        if self._near is None:
+            return None
+        view = self._near.get(store, block.key, block.start, block.end, block.crc32c)
+        if view is not None:
+            with self._lock:
+                self._count("near_hits", 1)
+                self._count("near_hit_bytes", block.size_bytes)
+        return view
 
     def _fetch(self, store: ObjectStore, block: Block) -> memoryview:
         for attempts_left in (1, 0):
@@ -386,20 +393,37 @@ class TieredCache:
 
     # -- prefetching
 
-    def prefetch(self, store: ObjectStore, blocks: Iterable[Block]) -> None:
-        """Fetch `blocks` in the background, in this order, behind what was asked for before. Returns at once.
+    def prefetch(self, store: ObjectStore, blocks: Iterable[Block], *, due_s: Sequence[float] | None = None) -> None:
+        """Fetch `blocks` in the background, those that are needed earliest first, of all callers. Returns at once.
+
+        Args:
+            due_s: in how many seconds from now each is needed. None: all at once, in this order.
 
         At most `prefetch_bytes` are under way, or held for blocks that no tier has room for; those wait for their get,
-        and are let go when the reader has gone past them. A failure is raised by the next get of that block.
+        and are let go when the reader has gone past them. How many are fetched at once follows from the slack: few
+        while the reader needs none of them soon. A failure is raised by the next get of that block.
         """
+        self._prefetch(store, blocks, due_s, None)
+
+    def reader(self) -> "CacheReader":
+        """A new reader, which says what it will read before it does; see :class:`CacheReader`."""
         with self._lock:
             self._require_open()
-            for block in blocks:
-                file = _block_file(store, block)
-                known = (self._queue, self._held, self._flights, self._failed)
-                if not any(file.name in names for names in known):
-                    self._queue[file.name] = _Wanted(store, block, file, self._next_order)
-                    self._next_order += 1
+            reader = CacheReader(self, os.urandom(8).hex())
+            self._readers[reader.name] = reader
+        return reader
+
+    def _prefetch(
+        self, store: ObjectStore, blocks: Iterable[Block], due_s: Sequence[float] | None, reader: str | None
+    ) -> None:
+        now = monotonic()
+        with self._lock:
+            self._require_open()
+            for number, block in enumerate(blocks):
+                file = block_file(store, block)
+                if not any(file.name in names for names in (self._held, self._flights, self._failed)):
+                    due = now if due_s is None else now + due_s[number]
+                    self._queue.add(Wanted(store=store, block=block, file=file, due_s=due, reader=reader))
             missing = min(_PREFETCH_THREADS, len(self._queue)) - len(self._threads)
             for _ in range(missing):
                 thread = threading.Thread(
@@ -413,50 +437,89 @@ class TieredCache:
         while (taken := self._take()) is not None:
             wanted, flight = taken
             with suppress(BaseException):  # handed to whoever gets this block
-                self._fly(flight, wanted, ahead=True)
+                self._fly(flight, wanted.store, wanted.block, wanted.file, ahead=wanted)
             del taken, wanted, flight  # while we wait for more, hold no block
 
-    def _landed_ahead(self, flight: _Flight, wanted: _Wanted) -> None:
+    def _landed_ahead(self, flight: _Flight, wanted: Wanted) -> None:
         """Keep what a prefetch brought until its get, unless someone waits for it already."""
         name = wanted.file.name
+        del self._under_way[name]
+        for reader in {None, wanted.reader}:
+            self._last_due_s[reader] = max(self._last_due_s.get(reader, 0.0), wanted.due_s)
+        if flight.fetch_s:
+            self._pace.landed(slack_s=self._slack_s(), fetch_s=flight.fetch_s)
         if flight.waiters:
-            self._taken_order = max(self._taken_order, wanted.order)
+            self._note_taken(wanted)
         elif flight.error is not None:
             self._failed[name] = flight.error
         elif flight.view is not None and not flight.admitted and not self._closed:
-            self._held[name] = (flight.view, wanted.order)
+            self._held[name] = (flight.view, wanted)
         if name not in self._held:
             self._prefetch_bytes -= wanted.block.size_bytes
         self._lock.notify_all()
 
-    def _take(self) -> tuple[_Wanted, _Flight] | None:
-        """The next block to fetch, as soon as the budget allows it; None when the cache is closed."""
+    def _take(self) -> tuple[Wanted, _Flight] | None:
+        """The next block to fetch, as soon as budget and pace allow it; None when the cache is closed."""
         with self._lock:
             while not self._closed:
-                if self._queue:
-                    name, wanted = next(iter(self._queue.items()))
-                    self._make_room(wanted.block.size_bytes)
-                    free = self._prefetch_limit - self._prefetch_bytes
-                    if wanted.block.size_bytes <= free or not self._prefetch_bytes:
-                        del self._queue[name]
-                        self._prefetch_bytes += wanted.block.size_bytes
+                wanted = self._queue.first() if len(self._under_way) < self._pace.limit else None
+                if wanted is not None:
+                    size_bytes, name = wanted.block.size_bytes, wanted.file.name
+                    self._make_room(size_bytes)
+                    if size_bytes <= self._prefetch_limit - self._prefetch_bytes or not self._prefetch_bytes:
+                        self._queue.pop(name)
+                        self._under_way[name] = wanted
+                        self._prefetch_bytes += size_bytes
                         flight = self._flights[name] = _Flight()
                         return wanted, flight
                 self._lock.wait()
             return None
 
     def _make_room(self, size_bytes: int) -> None:
-        """Let go of held blocks that the reader passed by: it has taken one that was asked for later."""
-        while self._held and self._prefetch_bytes + size_bytes > self._prefetch_limit:
-            name, (view, order) = min(self._held.items(), key=lambda item: item[1][1])  # they land in any order
-            if order > self._taken_order:
+        """Let go of held blocks that their reader passed by: it has taken one that was asked for later."""
+        if self._prefetch_bytes + size_bytes <= self._prefetch_limit:
+            return
+        for name, (view, wanted) in sorted(self._held.items(), key=lambda item: item[1][1].order):
+            if self._prefetch_bytes + size_bytes <= self._prefetch_limit:
                 return
-            del self._held[name]
-            self._prefetch_bytes -= len(view)
+            if wanted.order <= self._taken.get(wanted.reader, -1):
+                del self._held[name]
+                self._prefetch_bytes -= len(view)
 
-    def _took(self, order: int) -> None:
-        self._taken_order = max(self._taken_order, order)
+    def _took(self, wanted: Wanted) -> None:
+        self._note_taken(wanted)
         self._lock.notify_all()
+
+    def _note_taken(self, wanted: Wanted) -> None:
+        self._taken[wanted.reader] = max(self._taken.get(wanted.reader, -1), wanted.order)
+
+    def _slack_s(self, reader: str | None = None) -> float:
+        """Of all readers, or of one."""
+        missing = [wanted.due_s for wanted in self._under_way.values() if reader in (None, wanted.reader)]
+        first = self._queue.first(reader)
+        if first is not None:
+            missing.append(first.due_s)
+        return max(0.0, min(missing, default=self._last_due_s.get(reader, 0.0)) - monotonic())
+
+    def _tell_others(self, reader: str, takes_s: float) -> None:
+        """Let the node know when blocks are read next, now that a reader's pace is known."""
+        with self._lock:
+            self._takes_s[reader] = takes_s
+            known = dict(self._takes_s)
+        for tier in self._tiers:
+            tier.tell_others(known)
+
+    def _cancel(self, reader: str) -> None:
+        """Drop what only this reader wants and has not got."""
+        with self._lock:
+            self._queue.cancel(reader)
+            for name in [name for name, (_, wanted) in self._held.items() if wanted.reader == reader]:
+                view, _ = self._held.pop(name)
+                self._prefetch_bytes -= len(view)
+            self._taken.pop(reader, None)
+            self._last_due_s.pop(reader, None)
+            self._takes_s.pop(reader, None)
+            self._lock.notify_all()
 
     # -- the rest
 
@@ -465,6 +528,7 @@ class TieredCache:
         ram, disk = self._ram, self._disk
         with self._lock:
             counts, prefetch_bytes = dict(self._counts), self._prefetch_bytes
+            prefetch_fetches, slack_s = self._pace.limit, self._slack_s()
         damaged = sum(tier.corrupt for tier in self._tiers)
         return CacheStats(
             ram_hits=counts.get("ram_hits", 0),
@@ -481,6 +545,10 @@ class TieredCache:
             disk_bytes=disk.used_bytes if disk else 0,
             disk_capacity_bytes=disk.capacity_bytes if disk else 0,
             prefetch_bytes=prefetch_bytes,
+            prefetch_fetches=prefetch_fetches,
+            slack_s=slack_s,
+            near_hits=counts.get("near_hits", 0),
+            near_hit_bytes=counts.get("near_hit_bytes", 0),
         )
 
     def clear(self) -> int:
@@ -494,6 +562,7 @@ class TieredCache:
                 return
             self._closed = True
             self._queue.clear()
+            self._readers.clear()
             threads, self._threads = self._threads, []
             self._lock.notify_all()
         for thread in threads:
@@ -504,6 +573,8 @@ class TieredCache:
             self._prefetch_bytes = 0
         for tier in self._tiers:
             tier.close()
+        if self._near is not None:
+            self._near.close()
         _live.discard(self)
 
     def __enter__(self) -> Self:
@@ -520,74 +591,103 @@ class TieredCache:
         self._counts[name] = self._counts.get(name, 0) + amount
 
 
-def _block_file(store: ObjectStore, block: Block) -> BlockFile:
-    place = store.place(block.key)
-    text = f"{place}\n{block.version}\n{block.start}-{block.end}\n{block.crc32c:08x}\n".encode()
-    name = hashlib.blake2b(text, digest_size=16).hexdigest()
-    return BlockFile(name, text, block.size_bytes, block.crc32c)
+# Guarantees: one thread at a time; different readers don't know each other.
+class CacheReader:
+    """One reader of a cache, which says what it will read: :meth:`TieredCache.reader` makes it.
+
+    What is published decides what the tiers keep. It should be what *all* processes of the node will read, as far ahead
+    as the tiers are large: what nobody's plan names goes first. A plan that is wrong costs misses, never a wrong byte.
+
+    Time is a number that grows as the reader goes on, in a unit of its choice: positions of a stream, steps, seconds.
+    It has nothing to do with the seconds of :meth:`prefetch`. In a forked child, and when the cache is closed, nothing
+    that a reader does has an effect.
+    """
+
+    def __init__(self, cache: TieredCache, name: str) -> None:
+        self.name = name
+        self._cache = cache
+        self._since: tuple[float, float] | None = None  # when it was at which time of its own
+        self._measure_for_s = 1.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what it says still counts."""
+        return self._cache._readers.get(self.name) is self
+
+    @property
+    def slack_s(self) -> float:
+        """Seconds of data ahead of this reader; see :attr:`CacheStats.slack_s`."""
+        with self._cache._lock:
+            return self._cache._slack_s(self.name)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Of the largest tier whose contents follow plans: it is of no use to look further ahead than it can hold."""
+        return max((tier.capacity_bytes for tier in self._cache._tiers if tier.follows_plans), default=0)
+
+    def publish(
+        self,
+        store: ObjectStore,
+        blocks: Iterable[Block],
+        begins: Iterable[float],
+        *,
+        lasts: float = 0.0,
+        final: bool = False,
+    ) -> None:
+        """Add reads to the plan, in any order.
+
+        Args:
+            begins: when the reading of each block begins. lasts: how long it goes on, the same for all.
+            final: nothing is read beyond what has been published; until the next call says otherwise. Blocks that no
+                plan names then pass through even where there is room.
+        """
+        if self.is_open:
+            uses = [(time, block_file(store, block).name) for block, time in zip(blocks, begins, strict=True)]
+            for tier in self._cache._tiers:
+                tier.publish(self.name, uses, lasts=lasts, final=final)
+
+    def advance(self, now: float) -> None:
+        """The reader has come to this time; it never goes back."""
+        if not self.is_open:
+            return
+        for tier in self._cache._tiers:
+            tier.advance(self.name, now)
+        clock = monotonic()
+        if self._since is None:
+            self._since = clock, now
+        elif clock - self._since[0] >= self._measure_for_s and now > self._since[1]:
+            takes_s = (clock - self._since[0]) / (now - self._since[1])
+            self._since, self._measure_for_s = (clock, now), _TELL_EVERY_S
+            self._cache._tell_others(self.name, takes_s)
+
+    def prefetch(self, store: ObjectStore, blocks: Iterable[Block], *, due_s: Sequence[float] | None = None) -> None:
+        """:meth:`TieredCache.prefetch`, for this reader: :meth:`forget` cancels it."""
+        if self.is_open:
+            self._cache._prefetch(store, blocks, due_s, self.name)
+
+    def forget(self) -> None:
+        """Take back all that was said: the reader goes elsewhere. Fetches that have begun end."""
+        if self.is_open:
+            self._since, self._measure_for_s = None, 1.0
+            for tier in self._cache._tiers:
+                tier.withdraw(self.name)
+            self._cache._cancel(self.name)
+
+    def close(self) -> None:
+        """:meth:`forget`, for good."""
+        self.forget()
+        self._cache._readers.pop(self.name, None)
 
 
-# --- where the tiers are ----------------------------------------------------------------------------------------------
-
-
-_MISTAKES = (AccessDenied, ConfigError, UnknownVersion)
-"""What is wrong about a directory that the user named; what fails otherwise only costs the tier."""
-
-
-def _ram_tier(path: str | Path | None, asked_bytes: int | None, policy: type[Sieve] | None) -> Tier | None:
-    """The RAM tier, or None with a warning: a job must run where shared memory is missing or someone else's."""
-
-    def capacity(available_bytes: int) -> int:
-        available_bytes = min(available_bytes, _free_cgroup_bytes())
-        wanted = min(available_bytes // 4, _DEFAULT_RAM_BYTES) if asked_bytes is None else asked_bytes
-        return min(wanted, int(available_bytes * _FREE_SHARE))
-
-    try:
-        directory = shared_memory_directory() / "cache" if path is None else Path(path)
-        return Tier(directory, kind="ram", capacity=capacity, asked_bytes=asked_bytes, durable=False, policy=policy)
-    except (OSError, StokerError) as error:
-        if path is not None and isinstance(error, _MISTAKES):
-            raise
-        _without_tier("ram", error)
-        return None
-
-
-def _disk_tier(path: Path, asked_bytes: int | None, policy: type[Sieve] | None) -> Tier | None:
-    def capacity(available_bytes: int) -> int:
-        return int(available_bytes * _FREE_SHARE) if asked_bytes is None else asked_bytes
-
-    try:
-        return Tier(path, kind="disk", capacity=capacity, asked_bytes=asked_bytes, durable=True, policy=policy)
-    except _MISTAKES:
-        raise
-    except OSError as error:
-        _without_tier("disk", error)
-        return None
-
-
-def _without_tier(kind: str, error: Exception) -> None:
-    counters.add("cache.degraded")
-    counters.add(f"cache.{kind}.degraded")
-    warn_once(f"no {kind} tier ({error}): blocks go to the next tier or pass through")
-
-
-def _free_cgroup_bytes() -> int:
-    """What this process's control group may still take of memory; tmpfs pages count there. Without a limit: a lot."""
-    free = 2**62
-    with suppress(OSError, ValueError):
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-        for base in (Path("/sys/fs/cgroup") / group, Path("/sys/fs/cgroup")):
-            with suppress(OSError, ValueError):
-                limit = int((base / "memory.max").read_text())
-                free = min(free, max(0, limit - int((base / "memory.current").read_text())))
-    return free
-
+# --- once in a process ------------------------------------------------------------------------------------------------
 
 _live: "weakref.WeakSet[TieredCache]" = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
     for cache in list(_live):
+        if cache._near is not None:
+            cache._near.renew_after_fork()
         cache._reset()
 
 

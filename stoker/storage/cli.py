@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from time import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,7 +63,10 @@ def ls(
     blocks: Annotated[bool, typer.Option("--blocks", help="Each block, not only sums by object.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Show what a tier holds: which objects, how much of them, since when, and how many blocks are in use.
+    """Show what a tier holds: which objects, how much of them, since when, and why it stays: in use, or read again.
+
+    When blocks are read next is what running jobs wrote down, at most a minute ago, at the pace they had then. A job
+    that has published no plan is silent: then nobody knows.
 
     \b
     stoker cache ls
@@ -87,34 +91,57 @@ def _by_object(blocks: "Iterable[CachedBlock]") -> list[dict[str, Any]]:
     sums: dict[tuple[str, str], dict[str, Any]] = {}
     for block in blocks:
         names = {"object": block.object, "version": block.version}
-        none_yet = {**names, "blocks": 0, "size_bytes": 0, "leased_blocks": 0, "since_unix_s": block.since_unix_s}
+        none_yet = {
+            **names,
+            "blocks": 0,
+            "size_bytes": 0,
+            "leased_blocks": 0,
+            "planned_blocks": None if block.is_planned is None else 0,
+            "next_use_unix_s": None,
+            "since_unix_s": block.since_unix_s,
+        }
         one = sums.setdefault((block.object or "", block.version or ""), none_yet)
         one["blocks"] += 1
         one["size_bytes"] += block.size_bytes
         one["leased_blocks"] += block.is_leased
         one["since_unix_s"] = min(one["since_unix_s"], block.since_unix_s)
+        if block.is_planned is not None:
+            one["planned_blocks"] += block.is_planned
+        if block.next_use_unix_s is not None:
+            one["next_use_unix_s"] = min(one["next_use_unix_s"] or block.next_use_unix_s, block.next_use_unix_s)
     return [one for _, one in sorted(sums.items())]
 
 
 def _listing(report: dict[str, Any]) -> str:
     from ._units import format_bytes
 
-    rows = [("bytes", "blocks", "in use", "since", "object")]
+    rows = [("bytes", "blocks", "in use", "next use", "since", "object")]
     for one in report["objects"]:
         sums = (format_bytes(one["size_bytes"]), f"{one['blocks']:,}", f"{one['leased_blocks']:,}")
-        rows.append((*sums, _time(one["since_unix_s"]), _object(one)))
+        rows.append((*sums, _next_use(one, one["planned_blocks"]), _time(one["since_unix_s"]), _object(one)))
     for block in report.get("files", ()):
         span = "" if block["start"] is None else f" [{block['start']}, {block['end']})"
         sums = (format_bytes(block["size_bytes"]), block["name"][:8], "yes" if block["is_leased"] else "no")
-        rows.append((*sums, _time(block["since_unix_s"]), f"{_object(block)}{span}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join((*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[4])) for row in rows]
+        next_use = _next_use(block, block["is_planned"])
+        rows.append((*sums, next_use, _time(block["since_unix_s"]), f"{_object(block)}{span}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join((*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[5])) for row in rows]
     used, capacity = (format_bytes(report[name]) for name in ("used_bytes", "capacity_bytes"))
     return "\n".join([*lines, f"{report['directory']}: {report['blocks']:,} blocks, {used} of {capacity}"])
 
 
 def _object(row: dict[str, Any]) -> str:
     return "(damaged header)" if row["object"] is None else f"{row['object']} @{row['version'][:8]}"
+
+
+def _next_use(row: dict[str, Any], planned: int | None) -> str:
+    if planned is None:
+        return "unknown"
+    if not planned:
+        return "none planned"
+    if row["next_use_unix_s"] is None:
+        return "planned"
+    return f"in {max(0.0, row['next_use_unix_s'] - time()):.0f} s"
 
 
 def _time(unix_s: float) -> str:

@@ -1,13 +1,6 @@
 """One tier of the block cache: a private directory of immutable, self-describing files, shared by a node's processes.
 
-::
-
-    CACHEDIR.TAG                says that stoker made the directory; backup programs skip what holds it
-    lock                        capacity, bytes in use, and the byte offsets that are locked
-    blocks/ab/abcdef…           one block: a header that binds it to its object and range, then its bytes
-    tmp/{size}-{nonce}          being written, locked by its writer
-
-The directory is the index. What a killed process leaves is an unlocked temporary file, found and removed at the next
+What lies in the directory is written in :mod:`._layout`. It is the index. What a killed process leaves is an unlocked temporary file, found and removed at the next
 start. A block appears whole, by rename, and disappears by unlink, never by truncation: who has it mapped keeps it, and
 where blocks are evicted it holds a lock that says so.
 Anything else in the directory belongs to someone else and is neither counted nor touched.
@@ -20,71 +13,49 @@ import mmap
 import os
 import re
 import stat
-import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from heapq import nsmallest
 from pathlib import Path
+from time import time
 
-from ..errors import AccessDenied, ConfigError, DeadlineExceeded, UnknownVersion
+from ..errors import AccessDenied, ConfigError, DeadlineExceeded
 from ..metrics import counters
 from ._checksums import crc32c
+from ._layout import (
+    BLOCK_NAME,
+    FOLDER_NAME,
+    PRESENCE_BYTE,
+    START_BYTE,
+    TEMPORARY_NAME,
+    USAGE_BYTE,
+    BlockFile,
+    block_path,
+    crc32c_of_file,
+    flight_byte,
+    has_tag,
+    lease_byte,
+    read_state,
+    write_state,
+    write_tag,
+)
 from ._locks import lock, try_lock, unlock
-from ._posix import UnnamedFile, make_directories, pread_into, pwrite_all
+from ._plan_file import PlanFile, read_plans
+from ._posix import make_directories, pread_into, pwrite_all
 from ._units import format_bytes
-from .eviction import EvictionPolicy
+from .eviction import EvictionPolicy, NextUse
 
-__all__ = ["BlockFile", "Tier"]
+__all__ = ["BlockFile", "Tier", "warn_once"]
 
 logger = logging.getLogger(__name__)
 
-_TAG_NAME = "CACHEDIR.TAG"
-_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# "  # https://bford.info/cachedir/
-_TAG_KIND, _TAG_VERSION = b"stoker block cache v", b"1"
-
-_LOCK_FILE = struct.Struct("<8sQQ")  # magic, capacity, bytes in use
-_LOCK_MAGIC = b"STKTIER1"
-_START, _PRESENCE, _USAGE = 1024, 1025, 1026  # offsets in the lock file that are locked; nothing is stored there
-_LEASES = 1 << 33  # from here on one byte for each block that a process has mapped, locked by all of them
-_FLIGHTS = 1 << 32  # from here on one byte for each block that a process is fetching, by a hash of its name
+_MOST_TOLD = 1 << 13
 _START_TIMEOUT_S = 60.0  # the first opener may have to count a million files
 _LOCK_TIMEOUT_S = 5.0  # I6: nobody waits longer for a process that stopped; the cache does without instead
-
-_HEADER = struct.Struct(
-    "<8sIIQ16sII"
-)  # magic, header bytes, CRC32C of payload, payload bytes, name, text bytes, CRC32C
-_HEADER_MAGIC = b"STKBLK01"
-_PAGE = 4096
-
-_BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
-_FOLDER_NAME = re.compile(r"[0-9a-f]{2}")
-_TEMPORARY_NAME = re.compile(r"\d{1,15}-[0-9a-f]{16}")
-
-
-class BlockFile:
-    """How one block is stored: its file name, its header and its place in the file.
-
-    Args:
-        name: 32 hexadecimal digits that identify block, range and checksum.
-        text: what the name is the digest of, for people who look into the directory; part of the header.
-        length: payload bytes. crc: their CRC32C.
-    """
-
-    __slots__ = ("_text", "crc", "header_bytes", "length", "name", "size_bytes")
-
-    def __init__(self, name: str, text: bytes, length: int, crc: int) -> None:
-        self.name, self._text, self.length, self.crc = name, text, length, crc
-        # The payload starts on a page, so that views of it are aligned and O_DIRECT could read it.
-        self.header_bytes = -(-(_HEADER.size + len(text)) // _PAGE) * _PAGE
-        self.size_bytes = self.header_bytes + -(-length // _PAGE) * _PAGE
-
-    def header(self) -> bytes:
-        """The first `header_bytes` of the file."""
-        name = bytes.fromhex(self.name)
-        fields = (_HEADER_MAGIC, self.header_bytes, self.crc, self.length, name, len(self._text))
-        check = crc32c(self._text, crc32c(_HEADER.pack(*fields, 0)))
-        return (_HEADER.pack(*fields, check) + self._text).ljust(self.header_bytes, b"\0")
+_FLOOR_SHARE, _MOST_FLOOR_BYTES = 0.05, 2**30
+"""What the file system keeps free of a tier's blocks, unless the user says how much: others need it to go on working."""
 
 
 # Guarantees: every method may be called from any thread. `_mutex` guards the lock file's descriptor and with it, through
@@ -101,6 +72,8 @@ class Tier:
         capacity: bytes, given the bytes that are free or in use by the tier now.
         asked_bytes: what the user asked for, if he did: differing from the limit in force is worth a warning.
         durable: ``fdatasync`` each block before it gets its name.
+        min_free_bytes: of the file system, below which nothing is stored, whoever fills it. None: 5 % of it, at most
+            1 GiB.
         policy: makes the one that says which blocks go when there is no room; without one, none does.
 
     Raises:
@@ -118,9 +91,10 @@ class Tier:
         capacity: Callable[[int], int],
         asked_bytes: int | None,
         durable: bool,
+        min_free_bytes: int | None = None,
         policy: Callable[[], EvictionPolicy] | None = None,
     ) -> None:
-        self.path, self.kind, self._make_policy = path, kind, policy
+        self.path, self.kind, self._make_policy, self._min_free_bytes = path, kind, policy, min_free_bytes
         self._capacity_rule, self._asked_bytes, self._durable = capacity, asked_bytes, durable
         self._reset()
         self._directory_fd = _open_directory(path)
@@ -136,13 +110,14 @@ class Tier:
         self._mutex = threading.RLock()
         self._policy_lock = threading.Lock()
         self._policy = None if self._make_policy is None else self._make_policy()
-        self._evictions_to_go = 0
+        self._decisions_to_go = 0
         self._lock_fd = -1
         self._writing_fds: set[int] = set()
         self._maps: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
         self._verified: set[int] = set()
         self._closed = False
         self._broken = False
+        self._plan_file: PlanFile | None = None
         self.corrupt = 0
 
     # -- opening, closing, forking
@@ -153,17 +128,17 @@ class Tier:
             "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory_fd
         )
         try:
-            lock(self._lock_fd, _START, timeout_s=_START_TIMEOUT_S, place=str(self.path))
+            lock(self._lock_fd, START_BYTE, timeout_s=_START_TIMEOUT_S, place=str(self.path))
             try:
-                first = try_lock(self._lock_fd, _PRESENCE)
-                if first or self._read_state() is None:
+                first = try_lock(self._lock_fd, PRESENCE_BYTE)
+                if first or read_state(self._lock_fd) is None:
                     self._begin()
-                if not try_lock(self._lock_fd, _PRESENCE, shared=True):  # pragma: no cover - START is ours
+                if not try_lock(self._lock_fd, PRESENCE_BYTE, shared=True):  # pragma: no cover - START is ours
                     raise OSError(errno.EDEADLK, "presence lock refused")
                 if not first:
                     self._remove_leftovers(subtract=True)
             finally:
-                unlock(self._lock_fd, _START)
+                unlock(self._lock_fd, START_BYTE)
         except BaseException:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -183,24 +158,14 @@ class Tier:
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700, dir_fd=self._directory_fd)
         self._remove_leftovers(subtract=False)
-        used = sum(size for folder in self._folders() for _, size in self._files(folder, _BLOCK_NAME))
+        used = sum(size for folder in self._folders() for _, size in self._files(folder, BLOCK_NAME))
         free = os.statvfs(self._directory_fd)
-        self._write_state(self._capacity_rule(free.f_bavail * free.f_frsize + used), used)
-
-    def _read_state(self) -> tuple[int, int] | None:
-        raw = os.pread(self._lock_fd, _LOCK_FILE.size, 0)
-        if len(raw) != _LOCK_FILE.size:
-            return None
-        magic, capacity, used = _LOCK_FILE.unpack(raw)
-        return (capacity, used) if magic == _LOCK_MAGIC else None
-
-    def _write_state(self, capacity: int, used: int) -> None:
-        pwrite_all(self._lock_fd, _LOCK_FILE.pack(_LOCK_MAGIC, capacity, max(0, used)), 0)
+        write_state(self._lock_fd, self._capacity_rule(free.f_bavail * free.f_frsize + used), used)
 
     def _remove_leftovers(self, *, subtract: bool) -> None:
         """Remove temporary files whose writer is gone: those that nobody holds locked."""
         with self._usage() as state:
-            for name, _ in self._files("tmp", _TEMPORARY_NAME):
+            for name, _ in self._files("tmp", TEMPORARY_NAME):
                 fd = os.open(f"tmp/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
                 try:
                     if try_lock(fd, 0):
@@ -216,6 +181,7 @@ class Tier:
         with self._mutex:
             if not self._closed:
                 self._closed = True
+                self._drop_plan_file()
                 self._drop_descriptors()
                 os.close(self._directory_fd)
                 _live.discard(self)
@@ -231,6 +197,8 @@ class Tier:
             with suppress(OSError):
                 os.close(fd)
         with suppress(OSError):
+            if self._plan_file is not None:
+                os.close(self._plan_file.fd)  # the file and the lock on it are the parent's
             self._drop_descriptors()
         closed = self._closed
         self._reset()
@@ -250,11 +218,11 @@ class Tier:
         try:
             if self._lock_fd < 0:
                 self._attach()
-            lock(self._lock_fd, _USAGE, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
+            lock(self._lock_fd, USAGE_BYTE, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
             try:
                 yield _Usage(self)
             finally:
-                unlock(self._lock_fd, _USAGE)
+                unlock(self._lock_fd, USAGE_BYTE)
         finally:
             self._mutex.release()
 
@@ -264,7 +232,7 @@ class Tier:
                 return (0, 0)
             if self._lock_fd < 0:
                 self._attach()
-            return self._read_state() or (0, 0)
+            return read_state(self._lock_fd) or (0, 0)
 
     @property
     def capacity_bytes(self) -> int:
@@ -307,7 +275,7 @@ class Tier:
         return memoryview(mapped).cast("B")[start : start + block.length].toreadonly()
 
     def _open(self, block: BlockFile) -> "ctypes.Array[ctypes.c_ubyte] | None":
-        path = _path(block.name)
+        path = block_path(block.name)
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
         try:
             info = os.fstat(fd)
@@ -329,7 +297,7 @@ class Tier:
         """Tell the other processes that a block is in use here, as long as it is mapped."""
         if self._policy is None:  # a lock for each block is not free, and nobody would ask
             return
-        fd, byte = self._lock_fd, _lease_byte(name)
+        fd, byte = self._lock_fd, lease_byte(name)
         with suppress(OSError):
             if fd >= 0 and try_lock(fd, byte, shared=True):
                 weakref.finalize(mapped, _end_lease, weakref.ref(self), fd, byte).atexit = False
@@ -338,7 +306,7 @@ class Tier:
         """Whether a block is mapped, here or in another process; where locks don't work, only what is mapped here."""
         if name in self._maps:
             return True
-        byte = _lease_byte(name)
+        byte = lease_byte(name)
         with suppress(OSError):
             if not try_lock(self._lock_fd, byte):
                 return True
@@ -353,7 +321,7 @@ class Tier:
                 return False
             if self._durable:
                 # Read a disk before touching the mapping: a bad sector is an error here and kills with SIGBUS there.
-                return _crc32c_of_file(fd, start, block.length) == block.crc
+                return crc32c_of_file(fd, start, block.length) == block.crc
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -384,7 +352,7 @@ class Tier:
             if self._closed or self._lock_fd < 0:
                 return None
             try:
-                return try_lock(self._lock_fd, _FLIGHTS + int(block.name[:8], 16))
+                return try_lock(self._lock_fd, flight_byte(block.name))
             except OSError:
                 return None
 
@@ -392,16 +360,19 @@ class Tier:
         """Let others fetch the block, should they still want to."""
         with self._mutex, suppress(OSError):
             if self._lock_fd >= 0:
-                unlock(self._lock_fd, _FLIGHTS + int(block.name[:8], 16))
+                unlock(self._lock_fd, flight_byte(block.name))
 
     # -- writing
 
-    def admit(self, block: BlockFile, payload: memoryview) -> bool:
-        """Store a block if there is room; False if not, or if the file system refuses. Never raises for either."""
-        if self._closed or self._broken:
+    def admit(self, block: BlockFile, payload: memoryview, *, is_held: bool = False) -> bool:
+        """Store a block if there is room; False if not, or if the file system refuses. Never raises for either.
+
+        `is_held` says that another tier has the block for now, so that only reads after the next one speak for it here.
+        """
+        if self._closed or self._broken or not self._is_worth_it(block, is_held):
             return False
         try:
-            fd, temporary = self._reserve(block)
+            fd, temporary = self._reserve(block, is_held)
         except (DeadlineExceeded, OSError) as error:
             self._degrade(error, "write")
             return False
@@ -409,6 +380,8 @@ class Tier:
             return False
         try:
             os.posix_fallocate(fd, 0, block.size_bytes)
+            if self._bytes_above_floor() < 0:  # others took room since we looked
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             pwrite_all(fd, block.header(), 0)
             pwrite_all(fd, payload, block.header_bytes)
             if self._durable:
@@ -433,12 +406,14 @@ class Tier:
         counters.add(f"cache.{self.kind}.admitted")
         return True
 
-    def _reserve(self, block: BlockFile) -> tuple[int, str]:
+    def _reserve(self, block: BlockFile, is_held: bool) -> tuple[int, str]:
         """Take room for a block and open its temporary file; (-1, "") if there is no room."""
         temporary = f"tmp/{block.size_bytes}-{os.urandom(8).hex()}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with self._usage() as state:
-            if state.used + block.size_bytes > state.capacity and not self._make_room(block, state):
+            if self._room(state) < block.size_bytes and not self._make_room(block, state, is_held):
+                if state.capacity - state.used >= block.size_bytes:
+                    self._tell_of_floor()
                 return -1, ""
             state.add(block.size_bytes)
             try:
@@ -450,36 +425,65 @@ class Tier:
             try_lock(fd, 0)  # nobody else can hold it: whoever looks for leftovers waits for the counter
         return fd, temporary
 
-    def _make_room(self, block: BlockFile, state: "_Usage") -> bool:
-        """Remove blocks for a newcomer, if the policy says so; whether there is room now."""
+    def _room(self, state: "_Usage") -> int:
+        """Bytes that may be stored now: what is left of the capacity, and of the file system above its floor."""
+        return min(state.capacity - state.used, self._bytes_above_floor())
+
+    def _bytes_above_floor(self) -> int:
+        info = os.statvfs(self._directory_fd)
+        floor = self._min_free_bytes
+        if floor is None:
+            floor = min(int(_FLOOR_SHARE * info.f_blocks * info.f_frsize), _MOST_FLOOR_BYTES)
+        return info.f_bavail * info.f_frsize - floor
+
+    def _tell_of_floor(self) -> None:
+        counters.add("cache.degraded")
+        counters.add(f"cache.{self.kind}.below_floor")
+        warn_once(
+            f"the file system of the {self.kind} tier {self.path} has too little free space: blocks pass through until "
+            "there is more"
+        )
+
+    def _is_worth_it(self, block: BlockFile, is_held: bool) -> bool:
         if self._policy is None:
+            return True
+        with self._policy_lock:
+            return self._policy.is_worth_it(block.name, is_held=is_held)
+
+    def _make_room(self, block: BlockFile, state: "_Usage", is_held: bool) -> bool:
+        """Remove blocks for a newcomer, if the policy says so; whether there is room now."""
+        if self._policy is None or not self._policy.may_evict:
             return False
-        for attempt in (1, 2):
-            # What other processes added and removed: at first, then once for as many evictions as there are blocks.
-            if attempt == 2 or self._evictions_to_go <= 0:
+        # What other processes added and removed: at first, then once for as many decisions as there are blocks.
+        is_stale = self._decisions_to_go <= 0
+        for _ in range(2):
+            if is_stale:
                 self._learn()
+            self._decisions_to_go -= 1
             with self._policy_lock:
                 victims = self._policy.admit(
                     block.name,
                     block.size_bytes,
-                    free_bytes=state.capacity - state.used,
-                    now=0.0,
+                    free_bytes=self._room(state),
                     is_leased=self._is_leased,
+                    is_held=is_held,
                 )
             for victim in victims or ():
                 self._evict(victim, state)
-            if victims is not None and state.used + block.size_bytes <= state.capacity:
+            if victims is not None and self._room(state) >= block.size_bytes:
                 return True
+            if is_stale or (victims is None and isinstance(self._policy, NextUse)):
+                return False  # a plan lets most newcomers pass: to look through the directory for each costs too much
+            is_stale = True
         return False
 
     def _evict(self, name: str, state: "_Usage") -> None:
-        path = _path(name)
+        path = block_path(name)
         with suppress(FileNotFoundError):
             size = os.stat(path, dir_fd=self._directory_fd, follow_symlinks=False).st_size
             os.unlink(path, dir_fd=self._directory_fd)
             state.add(-size)
             counters.add(f"cache.{self.kind}.evicted")
-        self._evictions_to_go -= 1
         self._forget(name)
 
     def _forget(self, name: str) -> None:
@@ -487,21 +491,86 @@ class Tier:
             with self._policy_lock:
                 self._policy.removed(name)
 
+    # -- plans
+
+    def publish(self, plan: str, uses: Iterable[tuple[float, str]], *, lasts: float, final: bool) -> None:
+        """Tell the policy, if it goes by plans, when blocks will be read; see :meth:`.eviction.NextUse.publish`."""
+        if isinstance(self._policy, NextUse):
+            with self._policy_lock:
+                self._policy.publish(uses, plan=plan, lasts=lasts, final=final)
+
+    def advance(self, plan: str, now: float) -> None:
+        """The reader of a plan is there now."""
+        if isinstance(self._policy, NextUse):
+            with self._policy_lock:
+                self._policy.advance(now, plan=plan)
+
+    def withdraw(self, plan: str) -> None:
+        """Forget a plan."""
+        if isinstance(self._policy, NextUse):
+            with self._policy_lock:
+                self._policy.withdraw(plan=plan)
+            if not self._policy.may_evict:
+                with self._mutex:
+                    self._drop_plan_file()
+
+    def tell_others(self, takes_s: Mapping[str, float]) -> None:
+        """Write down when stored blocks are read next, for other jobs and for tools; see :mod:`._plan_file`.
+
+        `takes_s`: seconds that a unit of each plan's time takes.
+        """
+        if not isinstance(self._policy, NextUse):
+            return
+        with self._policy_lock:
+            upcoming = self._policy.upcoming(takes_s)
+        # Those that are read first, of more than anybody needs to know.
+        upcoming = nsmallest(_MOST_TOLD, upcoming) if len(upcoming) > _MOST_TOLD else upcoming
+        now = time()
+        # The reader must not wait here for a thread that waits for another process: next time will do, it is advice.
+        if not self._mutex.acquire(blocking=False):
+            return
+        try:
+            with suppress(OSError):
+                if not self._closed:
+                    if self._plan_file is None:
+                        self._plan_file = PlanFile(self._directory_fd)
+                    self._plan_file.write((name, now + in_s) for in_s, name in upcoming)
+        finally:
+            self._mutex.release()
+
+    def _drop_plan_file(self) -> None:
+        if self._plan_file is not None:
+            self._plan_file.close()
+            self._plan_file = None
+
+    @property
+    def follows_plans(self) -> bool:
+        """Whether what is published decides what stays."""
+        return isinstance(self._policy, NextUse)
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether blocks go for newcomers, as things stand."""
+        return self._policy is not None and self._policy.may_evict
+
     def _learn(self) -> None:
         """Bring the policy up to date with the directory, which is the index."""
         assert self._policy is not None
-        found = {name: size for folder in self._folders() for name, size in self._files(folder, _BLOCK_NAME)}
+        found = {name: size for folder in self._folders() for name, size in self._files(folder, BLOCK_NAME)}
         with self._policy_lock:
             for name in self._policy.names():
                 if name not in found:
                     self._policy.removed(name)
             for name, size in found.items():
                 self._policy.added(name, size)
-        self._evictions_to_go = max(64, len(found))
+            if isinstance(self._policy, NextUse):
+                own_fd = -1 if self._plan_file is None else self._plan_file.fd
+                self._policy.spare(read_plans(self._directory_fd, own_fd=own_fd))
+        self._decisions_to_go = max(64, len(found))
 
     def _publish(self, block: BlockFile, temporary: str) -> bool:
         """Give a block its name; False if another process did so first."""
-        path = _path(block.name)
+        path = block_path(block.name)
         fds = {"src_dir_fd": self._directory_fd, "dst_dir_fd": self._directory_fd}
         with self._usage() as state:
             with suppress(FileNotFoundError):
@@ -538,7 +607,7 @@ class Tier:
         removed = 0
         for folder in self._folders():
             with self._usage() as state:
-                for name, size in self._files(folder, _BLOCK_NAME):
+                for name, size in self._files(folder, BLOCK_NAME):
                     os.unlink(f"{folder}/{name}", dir_fd=self._directory_fd)
                     state.add(-size)
                     self._forget(name)
@@ -547,7 +616,7 @@ class Tier:
 
     def _folders(self) -> list[str]:
         with self._directory("blocks") as fd:
-            return [f"blocks/{name}" for name in sorted(os.listdir(fd)) if _FOLDER_NAME.fullmatch(name)]
+            return [f"blocks/{name}" for name in sorted(os.listdir(fd)) if FOLDER_NAME.fullmatch(name)]
 
     def _files(self, folder: str, names: re.Pattern[str]) -> list[tuple[str, int]]:
         """Name and size of the files that are ours by name, kind and owner."""
@@ -576,21 +645,16 @@ class _Usage:
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
-        self.capacity, self.used = tier._read_state() or (0, 0)
+        self.capacity, self.used = read_state(tier._lock_fd) or (0, 0)
 
     def add(self, size_bytes: int) -> None:
         """Count bytes in, or out if negative, for all processes at once."""
         self.used += size_bytes
-        self._tier._write_state(self.capacity, self.used)
+        write_state(self._tier._lock_fd, self.capacity, self.used)
 
 
 def _identity(block: BlockFile, info: os.stat_result) -> int:
     return hash((block.name, info.st_ino, info.st_mtime_ns))
-
-
-def _lease_byte(name: str) -> int:
-    # Two blocks may share one: then the one is taken for leased as long as the other is.
-    return _LEASES + int(name[:8], 16)
 
 
 def _end_lease(tier: "weakref.ref[Tier]", fd: int, byte: int) -> None:
@@ -599,10 +663,6 @@ def _end_lease(tier: "weakref.ref[Tier]", fd: int, byte: int) -> None:
     with suppress(OSError):
         if owner is not None and owner._lock_fd == fd:
             unlock(fd, byte)
-
-
-def _path(name: str) -> str:
-    return f"blocks/{name[:2]}/{name}"
 
 
 # --- the directory ----------------------------------------------------------------------------------------------------
@@ -626,8 +686,8 @@ def _open_directory(path: Path) -> int:
                 place=str(path),
                 hint="name a directory of your own",
             )
-        if not _has_tag(fd, path):
-            if set(os.listdir(fd)) and not _has_tag(fd, path):  # asked again: another process may have just made it
+        if not has_tag(fd, path):
+            if set(os.listdir(fd)) and not has_tag(fd, path):  # asked again: another process may have just made it
                 raise ConfigError(
                     "a cache directory must be empty or made by stoker",
                     value=f"{len(os.listdir(fd))} other entries",
@@ -635,7 +695,7 @@ def _open_directory(path: Path) -> int:
                     hint="name a directory of its own",
                 )
             os.fchmod(fd, 0o700)
-            _write_tag(path)
+            write_tag(path)
         elif info.st_mode & 0o077:
             raise AccessDenied(
                 "a cache directory must have mode 0700",
@@ -647,38 +707,6 @@ def _open_directory(path: Path) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _has_tag(directory_fd: int, path: Path) -> bool:
-    try:
-        fd = os.open(_TAG_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory_fd)
-    except FileNotFoundError:
-        return False
-    try:
-        raw = os.pread(fd, 256, 0)
-    finally:
-        os.close(fd)
-    if not raw.startswith(_TAG + _TAG_KIND):
-        return False
-    version = raw[len(_TAG + _TAG_KIND) :].strip()
-    if version != _TAG_VERSION:
-        raise UnknownVersion(
-            "a cache directory must be of version 1",
-            value=version.decode(errors="replace"),
-            place=str(path),
-            hint="name another directory, or remove this one",
-        )
-    return True
-
-
-def _write_tag(path: Path) -> None:
-    tag = UnnamedFile(path)
-    try:
-        pwrite_all(tag.fd, _TAG + _TAG_KIND + _TAG_VERSION + b"\n", 0)
-        with suppress(FileExistsError):
-            tag.link(path / _TAG_NAME)
-    finally:
-        tag.close()
 
 
 # --- mapping ----------------------------------------------------------------------------------------------------------
@@ -709,17 +737,6 @@ def _map_readonly(fd: int, length: int) -> "ctypes.Array[ctypes.c_ubyte]":
     # Not at exit: other threads may still read, and the kernel unmaps everything anyway.
     weakref.finalize(array, _libc.munmap, address, length).atexit = False
     return array
-
-
-def _crc32c_of_file(fd: int, start: int, length: int) -> int:
-    scratch = memoryview(bytearray(min(length, 2**20)))
-    check = done = 0
-    while done < length:
-        piece = scratch[: length - done]
-        if pread_into(fd, piece, start + done) != len(piece):
-            raise OSError(errno.EIO, "file ends early")
-        check, done = crc32c(piece, check), done + len(piece)
-    return check
 
 
 # --- once in a process ------------------------------------------------------------------------------------------------

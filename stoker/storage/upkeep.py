@@ -1,13 +1,13 @@
 """Look into a cache directory from outside, check its blocks, remove some. Jobs may go on using it meanwhile.
 
-Only files that :mod:`.tiers` describes are looked at; everything else in the directory belongs to someone else. Nothing
+Only files that :mod:`._layout` describes are looked at; everything else in the directory belongs to someone else. Nothing
 here opens the cache: the limit of the next job that does is its own.
 """
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,14 +15,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ..errors import AccessDenied, ConfigError, KeyNotFound
-from . import tiers
+from ._layout import (
+    BLOCK_NAME,
+    FOLDER_NAME,
+    START_BYTE,
+    USAGE_BYTE,
+    BlockFile,
+    crc32c_of_file,
+    has_tag,
+    lease_byte,
+    read_state,
+    write_state,
+)
 from ._locks import lock, try_lock, unlock
-from ._posix import pread_into, translate_os_errors
+from ._plan_file import read_plans
+from ._posix import translate_os_errors
 
 __all__ = ["BadBlock", "CacheDirectory", "CachedBlock", "Evicted", "Verified"]
 
 _LOCK_TIMEOUT_S = 5.0
-_MOST_HEADER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,8 @@ class CachedBlock:
         since_unix_s: when it was written.
         is_leased: a process has it in use now. Caches that never evict don't say so, which costs nothing: what is mapped
             stays readable when its file is removed.
+        is_planned: a running job has said that it will read it, when it last wrote that down; None if no job here did.
+        next_use_unix_s: when that will be, at the job's pace; None if nobody knows.
     """
 
     name: str
@@ -46,6 +59,8 @@ class CachedBlock:
     end: int | None
     since_unix_s: float
     is_leased: bool
+    is_planned: bool | None
+    next_use_unix_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +149,10 @@ class CacheDirectory:
 
     def blocks(self) -> Iterator[CachedBlock]:
         """All blocks, by name of file. Those that appear or go meanwhile may be among them or not."""
+        plans = read_plans(self._fd)
         for found in self._files():
             with suppress(FileNotFoundError):
-                yield self._describe(found)
+                yield self._describe(found, plans)
 
     def verify(self, *, repair: bool = False, progress: Callable[[int], None] | None = None) -> Verified:
         """Read every block and compare it with the checksum in its header.
@@ -154,7 +170,7 @@ class CacheDirectory:
                 problem = self._problem(found)
                 blocks, checked_bytes = blocks + 1, checked_bytes + found.info.st_size
                 if problem:
-                    block = self._describe(found)
+                    block = self._describe(found, {})
                     removed = repair and self._remove(found, even_if_leased=True)
                     bad.append(BadBlock(block=block, problem=problem, removed=removed))
             if progress is not None:
@@ -170,7 +186,7 @@ class CacheDirectory:
         for found in self._files():
             with suppress(FileNotFoundError):
                 if pattern is not None:
-                    name = self._describe(found).object
+                    name = self._describe(found, {}).object
                     if name is None or not fnmatchcase(name, pattern):
                         continue
                 if self._remove(found, even_if_leased=False):
@@ -183,10 +199,10 @@ class CacheDirectory:
 
     def _files(self) -> Iterator[_Found]:
         for folder in self._listed("blocks"):
-            if tiers._FOLDER_NAME.fullmatch(folder):
+            if FOLDER_NAME.fullmatch(folder):
                 for name in self._listed(f"blocks/{folder}"):
                     path = f"blocks/{folder}/{name}"
-                    if tiers._BLOCK_NAME.fullmatch(name):
+                    if BLOCK_NAME.fullmatch(name):
                         with suppress(FileNotFoundError):
                             info = os.stat(path, dir_fd=self._fd, follow_symlinks=False)
                             if stat.S_ISREG(info.st_mode) and info.st_uid == os.geteuid():
@@ -212,15 +228,17 @@ class CacheDirectory:
         finally:
             os.close(fd)
 
-    def _describe(self, found: _Found) -> CachedBlock:
+    def _describe(self, found: _Found, plans: Mapping[str, float | None]) -> CachedBlock:
         fields: dict[str, Any] = dict.fromkeys(("object", "version", "start", "end"))
         with self._opened(found) as fd, suppress(ValueError, OSError):
-            fields = _fields_of(_read_header(fd, found.name))
+            fields = BlockFile.read(fd, found.name).origin()
         return CachedBlock(
             name=found.name,
             size_bytes=found.info.st_size,
             since_unix_s=found.info.st_mtime,
             is_leased=self._is_leased(found.name),
+            is_planned=found.name in plans if plans else None,
+            next_use_unix_s=plans.get(found.name),
             **fields,
         )
 
@@ -228,10 +246,10 @@ class CacheDirectory:
         """What is wrong with a block; nothing if it is whole."""
         with self._opened(found) as fd:
             try:
-                block = _read_header(fd, found.name)
+                block = BlockFile.read(fd, found.name)
                 if block.size_bytes != found.info.st_size:
                     return f"the file must have {block.size_bytes} bytes, has {found.info.st_size}"
-                got = tiers._crc32c_of_file(fd, block.header_bytes, block.length)
+                got = crc32c_of_file(fd, block.header_bytes, block.length)
             except ValueError as error:
                 return str(error)
             except OSError as error:
@@ -243,16 +261,10 @@ class CacheDirectory:
     # -- the tiers' locks
 
     def _state(self) -> tuple[int, int]:
-        if self._lock_fd >= 0:
-            raw = os.pread(self._lock_fd, tiers._LOCK_FILE.size, 0)
-            if len(raw) == tiers._LOCK_FILE.size:
-                magic, capacity, used = tiers._LOCK_FILE.unpack(raw)
-                if magic == tiers._LOCK_MAGIC:
-                    return capacity, used
-        return 0, 0
+        return (read_state(self._lock_fd) if self._lock_fd >= 0 else None) or (0, 0)
 
     def _is_leased(self, name: str) -> bool:
-        byte = tiers._lease_byte(name)
+        byte = lease_byte(name)
         if self._lock_fd < 0:
             return False
         with suppress(OSError):  # where locks don't work, nobody can say
@@ -278,8 +290,7 @@ class CacheDirectory:
         def count(size_bytes: int) -> None:
             capacity, used = self._state()
             if capacity:
-                state = tiers._LOCK_FILE.pack(tiers._LOCK_MAGIC, capacity, max(0, used + size_bytes))
-                os.pwrite(self._lock_fd, state, 0)
+                write_state(self._lock_fd, capacity, used + size_bytes)
 
         if self._lock_fd < 0:
             self._lock_fd = self._open_lock()
@@ -288,7 +299,7 @@ class CacheDirectory:
             return
         held = []
         try:
-            for byte in (tiers._START, tiers._USAGE):
+            for byte in (START_BYTE, USAGE_BYTE):
                 lock(self._lock_fd, byte, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
                 held.append(byte)
             yield count
@@ -311,7 +322,7 @@ def _open_directory(path: Path) -> int:
         owner = os.fstat(fd).st_uid
         if owner != os.geteuid():
             raise AccessDenied("a cache directory must belong to this user", value=f"user {owner}", place=str(path))
-        if not tiers._has_tag(fd, path):
+        if not has_tag(fd, path):
             raise ConfigError(
                 "must be a cache directory made by stoker", place=str(path), hint="what TieredCache got as disk="
             )
@@ -319,27 +330,3 @@ def _open_directory(path: Path) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _read_header(fd: int, name: str) -> tiers.BlockFile:
-    """The block that a file says it is; ValueError with what is wrong if its header is damaged or another's."""
-    raw = memoryview(bytearray(tiers._HEADER.size))
-    if pread_into(fd, raw, 0) != len(raw):
-        raise ValueError("the file is shorter than its header")
-    magic, header_bytes, crc, length, _, text_bytes, _ = tiers._HEADER.unpack(raw)
-    if magic != tiers._HEADER_MAGIC or not len(raw) + text_bytes <= header_bytes <= _MOST_HEADER_BYTES:
-        raise ValueError("its header is damaged")
-    header = memoryview(bytearray(header_bytes))
-    if pread_into(fd, header, 0) != header_bytes:
-        raise ValueError("the file is shorter than its header")
-    block = tiers.BlockFile(name, bytes(header[len(raw) : len(raw) + text_bytes]), length, crc)
-    # What it would be if it were whole and under its own name: compares the header's checksum and name, too.
-    if header != block.header():
-        raise ValueError("its header is damaged, or another block's")
-    return block
-
-
-def _fields_of(block: tiers.BlockFile) -> dict[str, Any]:
-    place, version, span, _ = block._text.decode().rsplit("\n", 4)[:4]
-    start, end = span.split("-")
-    return {"object": place, "version": version, "start": int(start), "end": int(end)}

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from stoker.errors import AccessDenied, ConfigError, CorruptBlock, KeyNotFound, UnknownVersion, UnsupportedError
+from stoker.errors import AccessDenied, ConfigError, CorruptBlock, KeyNotFound, UnknownVersion
 from stoker.metrics import counters
-from stoker.storage import Block, TieredCache, _locks, cache, tiers
+from stoker.storage import Block, TieredCache, _locks, _open_tiers, tiers
 from stoker.storage._checksums import crc32c
 from stoker.storage.local import LocalStore
 
@@ -212,7 +212,10 @@ def test_without_arguments_there_is_a_modest_tier_in_shared_memory() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"near": "s3://near/cache"}, UnsupportedError, "near="),
+        ({"near_options": {"key": "k"}}, ConfigError, "near_options need near"),
+        ({"near": "s3://near/cache", "near_timeout_s": 0}, ConfigError, "near_timeout_s"),
+        ({"near": "s3://near/cache", "near_options": {"kye": "k"}}, ConfigError, "kye"),
+        ({"ram": 0, "min_free": "some"}, ConfigError, "min_free"),
         ({"disk_capacity": "1GiB"}, ConfigError, "needs disk"),
         ({"ram": "much"}, ConfigError, "ram"),
         ({"ram": -1}, ConfigError, "ram"),
@@ -897,7 +900,7 @@ def test_a_ram_tier_larger_than_what_is_free_is_cut_down(ram: Path, warnings: py
 def test_the_limit_of_the_control_group_counts_too(
     ram: Path, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache, "_free_cgroup_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(_open_tiers, "_free_cgroup_bytes", lambda: 1_000_000)
     with TieredCache(ram="10MB", ram_path=ram) as tested:
         assert tested.stats().ram_capacity_bytes == 800_000
     shutil.rmtree(ram)

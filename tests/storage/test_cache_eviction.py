@@ -151,35 +151,42 @@ READER = """
 import random, sys
 from stoker.storage import Block, TieredCache, open_store
 from stoker.storage._checksums import crc32c
-root, tier, capacity, seed = sys.argv[1:5]
+root, tier, capacity, eviction, count, seed = sys.argv[1:7]
 store = open_store(root)
 data = bytes(store.get("object"))
 chance = random.Random(seed)
-with TieredCache(ram=0, disk=tier, disk_capacity=int(capacity), eviction="sieve") as cache:
+edges = range(0, len(data), 8192)
+blocks = [Block(key="object", version="1", start=a, end=a + 8192, crc32c=crc32c(data[a : a + 8192])) for a in edges]
+with TieredCache(ram=0, disk=tier, disk_capacity=int(capacity), eviction=eviction) as cache:
     print("open", flush=True)
     sys.stdin.readline()
     held = []
-    for _ in range(400):
-        start = 8192 * min(chance.randrange(60), chance.randrange(60))
-        block = Block(key="object", version="1", start=start, end=start + 8192, crc32c=crc32c(data[start:start + 8192]))
+    chosen = [blocks[min(chance.randrange(60), chance.randrange(60))] for _ in range(int(count))]
+    reader = cache.reader()
+    reader.publish(store, chosen, range(len(chosen)), final=chance.random() < 0.5)  # what the others read, it can't know
+    for now, block in enumerate(chosen):
+        reader.advance(now)
         held = [*held[-2:], cache.get(store, block)]
-        assert held[-1] == data[start:start + 8192]
+        assert held[-1] == data[block.start : block.end]
     print("done", flush=True)
     sys.stdin.readline()
 """
 
 
-def test_processes_that_fill_and_evict_together_keep_to_one_capacity(origin: Origin, disk: Path) -> None:
+@pytest.mark.parametrize(("eviction", "processes", "count"), [("sieve", 4, 300), ("plan", 8, 100)])
+def test_processes_that_fill_and_evict_together_keep_to_one_capacity(
+    origin: Origin, disk: Path, eviction: str, processes: int, count: int
+) -> None:
     make_blocks(origin, 60)
-    capacity = 15 * FILE
-    command = [sys.executable, "-c", READER, str(origin.root), str(disk), str(capacity)]
+    capacity = 30 * FILE
+    command = [sys.executable, "-c", READER, str(origin.root), str(disk), str(capacity), eviction, str(count)]
     running = [
         subprocess.Popen([*command, str(seed)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for seed in range(4)
+        for seed in range(processes)
     ]
     try:
-        assert [said(process) for process in running] == ["open"] * 4
-        with sieve(disk, 15) as watcher:
+        assert [said(process) for process in running] == ["open"] * processes
+        with sieve(disk, 30) as watcher:
             for process in running:
                 tell(process)
             for process in running:
@@ -198,5 +205,5 @@ def test_processes_that_fill_and_evict_together_keep_to_one_capacity(origin: Ori
 
 
 def test_another_word_for_eviction_is_refused(disk: Path) -> None:
-    with pytest.raises(ConfigError, match="eviction must be 'keep' or 'sieve', got 'lru'"):
+    with pytest.raises(ConfigError, match="eviction must be 'plan', 'keep' or 'sieve', got 'lru'"):
         TieredCache(ram=0, disk=disk, eviction="lru")  # type: ignore[arg-type]

@@ -64,7 +64,9 @@ class Directory:
             return True
         self.asked.clear()
         free = self.free
-        victims = self.policy.admit(name, SIZES[name], free_bytes=free, now=now, is_leased=self.is_leased)
+        if isinstance(self.policy, NextUse):
+            self.policy.advance(now)
+        victims = self.policy.admit(name, SIZES[name], free_bytes=free, is_leased=self.is_leased)
         assert len(set(self.asked)) == len(self.asked), "asked twice about one lease"
         if victims is None:
             return None
@@ -122,13 +124,13 @@ class TestEveryPolicy:
     def test_a_block_larger_than_the_tier_passes_through_and_evicts_nothing(self, policy: type[EvictionPolicy]) -> None:
         one = make(policy, TWO_SCANS)
         one.added("a", 1)
-        assert one.admit("f", 13, free_bytes=9, now=0, is_leased=nobody) is None
+        assert one.admit("f", 13, free_bytes=9, is_leased=nobody) is None
         assert "a" in one
 
     def test_nothing_is_admitted_when_all_is_leased(self, policy: type[EvictionPolicy]) -> None:
         one = make(policy, TWO_SCANS)
         one.added("a", 1)
-        assert one.admit("b", 1, free_bytes=0, now=0, is_leased=lambda name: True) is None
+        assert one.admit("b", 1, free_bytes=0, is_leased=lambda name: True) is None
 
     def test_what_is_unknown_may_be_used_and_removed(self, policy: type[EvictionPolicy]) -> None:
         one = policy()
@@ -141,22 +143,22 @@ class TestEveryPolicy:
         one.added("a", 1)
         one.added("a", 1)
         one.removed("a")
-        assert one.admit("b", 1, free_bytes=0, now=0, is_leased=nobody) is None, "there is nothing to evict"
+        assert one.admit("b", 1, free_bytes=0, is_leased=nobody) is None, "there is nothing to evict"
         one.added("c", 1)
-        assert one.admit("b", 1, free_bytes=0, now=0, is_leased=nobody) in (None, ("c",))
+        assert one.admit("b", 1, free_bytes=0, is_leased=nobody) in (None, ("c",))
 
     def test_a_block_believed_there_but_gone_is_admitted_as_new(self, policy: type[EvictionPolicy]) -> None:
         one = make(policy, TWO_SCANS)
         one.added("a", 1)
-        assert one.admit("a", 1, free_bytes=0, now=0, is_leased=nobody) is None, "it can't make room for itself"
+        assert one.admit("a", 1, free_bytes=0, is_leased=nobody) is None, "it can't make room for itself"
         assert "a" not in one
 
     def test_a_victim_that_was_not_removed_may_be_named_again(self, policy: type[EvictionPolicy]) -> None:
         one = policy()
         for name in "abc":
             one.added(name, 1)
-        first = one.admit("d", 2, free_bytes=0, now=0, is_leased=nobody)
-        second = one.admit("d", 3, free_bytes=0, now=0, is_leased=nobody)
+        first = one.admit("d", 2, free_bytes=0, is_leased=nobody)
+        second = one.admit("d", 3, free_bytes=0, is_leased=nobody)
         assert first is second is None or (first is not None and second is not None and set(first) < set(second))
 
 
@@ -248,8 +250,8 @@ class TestSieve:
     def test_a_block_that_no_eviction_makes_room_for_changes_nothing(self) -> None:
         policy = Sieve()
         hits(policy, "aab", capacity=2)
-        assert policy.admit("f", 13, free_bytes=0, now=0, is_leased=nobody) is None
-        assert policy.admit("c", 1, free_bytes=0, now=0, is_leased=nobody) == ("b",), "a was read"
+        assert policy.admit("f", 13, free_bytes=0, is_leased=nobody) is None
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) == ("b",), "a was read"
 
     def test_a_block_that_was_read_survives_a_scan_of_others(self) -> None:
         policy = Sieve()
@@ -293,33 +295,36 @@ class TestNextUse:
 
     def test_a_block_that_is_not_read_again_passes_through_though_there_is_room(self) -> None:
         policy = planned("ab", final=True)
-        assert policy.admit("a", 1, free_bytes=9, now=0, is_leased=nobody) is None
-        assert policy.admit("b", 1, free_bytes=9, now=0, is_leased=nobody) == ()
+        policy.advance(0)
+        assert policy.admit("a", 1, free_bytes=9, is_leased=nobody) is None
+        assert policy.admit("b", 1, free_bytes=9, is_leased=nobody) == ()
 
     def test_until_the_plan_is_final_a_block_that_it_does_not_name_takes_free_room(self) -> None:
-        assert planned("ab", final=False).admit("z", 1, free_bytes=9, now=0, is_leased=nobody) == ()
+        assert planned("ab", final=False).admit("z", 1, free_bytes=9, is_leased=nobody) == ()
 
     def test_a_block_stored_before_the_plan_was_published_follows_it(self) -> None:
         policy = NextUse()
         policy.added("a", 1)
         policy.added("b", 1)
         policy.publish([(9, "a"), (5, "c")])
-        assert policy.admit("c", 1, free_bytes=0, now=0, is_leased=nobody) == ("b",), "the plan does not name b"
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) == ("b",), "the plan does not name b"
         policy.publish([(7, "b")])
-        assert policy.admit("c", 1, free_bytes=0, now=0, is_leased=nobody) == ("a",)
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) == ("a",)
 
     def test_time_passes_uses_that_nobody_made_here(self) -> None:
         policy = NextUse()
         policy.publish([(1, "a"), (9, "a"), (5, "b"), (6, "c")])
         policy.added("a", 1)
         policy.added("b", 1)
-        assert policy.next_use("a") == 1
-        assert policy.admit("c", 1, free_bytes=0, now=1, is_leased=nobody) == ("a",), "its use at 1 is over"
-        assert policy.next_use("a") == 9
+        policy.advance(0.5)
+        assert policy.next_use("a") == 0.5
+        policy.advance(1)
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) == ("a",), "its use at 1 is over"
+        assert policy.next_use("a") == 8
 
     def test_what_is_past_when_it_is_published_is_no_use(self) -> None:
         policy = NextUse()
-        policy.admit("a", 1, free_bytes=1, now=5, is_leased=nobody)
+        policy.advance(5)
         policy.publish([(5, "a")])
         assert policy.next_use("a") == float("inf")
 
@@ -328,8 +333,49 @@ class TestNextUse:
         policy.added("a", 1)
         policy.withdraw()
         assert policy.next_use("b") == float("inf")
-        assert policy.admit("b", 1, free_bytes=0, now=0, is_leased=nobody) is None
-        assert policy.admit("b", 1, free_bytes=1, now=0, is_leased=nobody) == (), "no longer final"
+        assert policy.admit("b", 1, free_bytes=0, is_leased=nobody) is None
+        assert policy.admit("b", 1, free_bytes=1, is_leased=nobody) == (), "no longer final"
+
+    def test_a_block_is_needed_until_its_use_is_over(self) -> None:
+        policy = NextUse()
+        policy.publish([(1, "a"), (4, "b"), (8, "c")], lasts=3)
+        for name in "ab":
+            policy.added(name, 1)
+        policy.advance(3.5)
+        assert policy.next_use("a") == 0
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) is None
+        policy.advance(4)
+        assert policy.next_use("a") == float("inf")
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) == ("a",)
+
+    def test_a_newcomer_that_another_tier_holds_is_judged_by_its_second_use(self) -> None:
+        policy = NextUse()
+        policy.publish([(1, "new"), (5, "a"), (9, "new"), (2, "last")], final=True)
+        policy.added("a", 1)
+        assert policy.admit("new", 1, free_bytes=0, is_leased=nobody) == ("a",)
+        assert policy.admit("new", 1, free_bytes=0, is_leased=nobody, is_held=True) is None
+        assert policy.admit("new", 1, free_bytes=1, is_leased=nobody, is_held=True) == ()
+        assert policy.admit("last", 1, free_bytes=1, is_leased=nobody) == ()
+        assert policy.admit("last", 1, free_bytes=1, is_leased=nobody, is_held=True) is None
+
+    def test_two_plans_are_compared_by_the_distance_from_their_own_clocks(self) -> None:
+        policy = NextUse()
+        for name in "ab":
+            policy.added(name, 1)
+        policy.publish([(1000, "a"), (1009, "c")], plan="train")
+        policy.advance(990, plan="train")
+        policy.publish([(5, "b")], plan="eval")
+        policy.advance(0, plan="eval")
+        assert (policy.next_use("a"), policy.next_use("b"), policy.next_use("c")) == (10, 5, 19)
+        policy.publish([(6, "d")], plan="eval")
+        assert policy.admit("d", 1, free_bytes=0, is_leased=nobody) == ("a",)
+        policy.advance(999, plan="train")  # while the other one pauses
+        assert policy.admit("d", 1, free_bytes=0, is_leased=nobody) is None
+        policy.publish([], plan="train", final=True)
+        assert policy.admit("z", 1, free_bytes=9, is_leased=nobody) == (), "the other plan may still name it"
+        policy.withdraw(plan="eval")
+        assert policy.admit("z", 1, free_bytes=9, is_leased=nobody) is None
+        assert policy.admit("c", 1, free_bytes=0, is_leased=nobody) == ("b",), "no plan names it any more"
 
     def test_a_time_that_is_none_is_refused(self) -> None:
         with pytest.raises(ConfigError, match="finite"):
@@ -339,9 +385,9 @@ class TestNextUse:
         policy = planned("ab" * 2000, final=False)
         policy.added("a", 1)
         policy.added("b", 1)
-        policy.admit("c", 1, free_bytes=0, now=3000, is_leased=nobody)
-        assert len(policy._latest) < 100
-        assert len(policy._agenda) < 1000
+        policy.advance(3000)
+        assert sum(len(plan.latest) for plan in policy._plans.values()) < 100
+        assert sum(len(plan.agenda) for plan in policy._plans.values()) < 1000
 
 
 def planned(trace: Sequence[str], *, final: bool = True) -> NextUse:
@@ -355,7 +401,9 @@ def read(policy: EvictionPolicy, name: str, *, capacity: int, now: float = 0) ->
     if name in policy:
         policy.used(name)
         return True
-    victims = policy.admit(name, 1, free_bytes=capacity - len(policy), now=now, is_leased=nobody)
+    if isinstance(policy, NextUse):
+        policy.advance(now)
+    victims = policy.admit(name, 1, free_bytes=capacity - len(policy), is_leased=nobody)
     if victims is not None:
         for victim in victims:
             policy.removed(victim)

@@ -56,7 +56,7 @@ class Node:
             for block in self.blocks:
                 cache.get(self.store, block)
 
-    def open(self, eviction: Literal["keep", "sieve"] = "keep") -> TieredCache:
+    def open(self, eviction: Literal["plan", "keep", "sieve"] = "keep") -> TieredCache:
         return TieredCache(ram=0, disk=self.directory, disk_capacity="1MiB", eviction=eviction)
 
     def _blocks(self, key: str, count: int) -> list[Block]:
@@ -111,6 +111,8 @@ def test_ls_tells_what_is_there_how_big_and_since_when(node: Node, stoker: Calla
             "blocks": count,
             "size_bytes": count * (SIZE + HEADER),
             "leased_blocks": 0,
+            "planned_blocks": None,
+            "next_use_unix_s": None,
             "since_unix_s": 1_700_000_000,
         }
         for key, count in (("a", 3), ("b", 2))
@@ -134,6 +136,58 @@ def test_ls_says_which_blocks_a_process_has_in_use(node: Node, stoker: Callable[
         assert [one["leased_blocks"] for one in stoker("ls", node.directory, "--json").json["objects"]] == [1, 0]
         del view
         assert [one["leased_blocks"] for one in stoker("ls", node.directory, "--json").json["objects"]] == [0, 0]
+
+
+def test_ls_tells_when_blocks_are_read_next_where_a_running_job_knows(
+    node: Node, stoker: Callable[..., Result]
+) -> None:
+    assert [line.split()[4] for line in stoker("ls", node.directory).out.splitlines()[1:3]] == ["unknown"] * 2
+    with node.open(eviction="plan") as cache:
+        for block in node.blocks:
+            cache.get(node.store, block)  # so that this process knows what is stored
+        reader = cache.reader()
+        reader.publish(node.store, node.blocks[:2], [10, 1000])
+        reader._measure_for_s = 0.0
+        reader.advance(0)
+        assert stoker("ls", node.directory, "--json").json["objects"][0]["planned_blocks"] is None, "no pace yet"
+        reader.advance(5)
+        report = stoker("ls", node.directory, "--json", "--blocks").json
+        assert [one["planned_blocks"] for one in report["objects"]] == [2, 0]
+        first, second = (report["objects"][0]["next_use_unix_s"], report["objects"][1]["next_use_unix_s"])
+        assert first > 0 and second is None
+        times = sorted(file["next_use_unix_s"] for file in report["files"] if file["is_planned"])
+        assert times[0] == first < times[1]
+        out = stoker("ls", node.directory, "--blocks").out
+        assert " in 0 s" in out and "none planned" in out
+        other = cache.reader()
+        other.publish(node.store, node.blocks[4:], [1])  # of which nobody knows the pace
+        reader._since = (0.0, 0.0)
+        reader.advance(6)
+        assert " planned " in stoker("ls", node.directory, "--blocks").out
+        reader.close()
+        other.close()
+        assert os.listdir(node.directory / "plans") == []
+    assert "unknown" in stoker("ls", node.directory).out
+
+
+def test_a_plan_of_a_dead_process_or_one_that_is_damaged_means_nothing(
+    node: Node, stoker: Callable[..., Result]
+) -> None:
+    with node.open(eviction="plan") as cache:
+        reader = cache.reader()
+        cache.get(node.store, node.blocks[0])
+        reader.publish(node.store, node.blocks[:1], [10])
+        reader._measure_for_s = 0.0
+        reader.advance(0)
+        reader.advance(5)
+        (written,) = (node.directory / "plans").iterdir()
+        (node.directory / "plans" / ("0" * 16)).write_bytes(written.read_bytes())  # which nobody holds
+        (node.directory / "plans" / "notes.txt").write_text("of somebody else")
+        assert stoker("ls", node.directory, "--json").json["objects"][0]["planned_blocks"] == 1
+        assert sorted(path.name for path in (node.directory / "plans").iterdir()) == [written.name, "notes.txt"]
+        for damage in (b"", b"STKPLAN1", written.read_bytes()[:-1], b"x" * 60):
+            written.write_bytes(damage)
+            assert stoker("ls", node.directory, "--json").json["objects"][0]["planned_blocks"] is None
 
 
 def test_ls_shows_a_block_whose_header_is_damaged(node: Node, stoker: Callable[..., Result]) -> None:
