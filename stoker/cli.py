@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 found wrong or failed, 2 wrong usage, 130 interrupted.
 import json
 import logging
 import sys
+from functools import cache
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ INTERRUPTED = 130
 app = new_app("The I/O layer of PyTorch training: token data sets, cache, checkpoints, benches.")
 
 
+@cache  # typer keeps every command that was ever added, and builds them all at each call
 def _mount() -> None:
     from .bench.cli import app as bench_app
     from .checkpoint.cli import app as ckpt_app

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .dataset import TokenDataset
     from .loader import TokenLoader
+    from .mixture import Mixture
     from .packing import BestFit, Pad
     from .writer import TokenWriter
 
-__all__ = ["BestFit", "Pad", "TokenDataset", "TokenLoader", "TokenWriter"]
+__all__ = ["BestFit", "Mixture", "Pad", "TokenDataset", "TokenLoader", "TokenWriter"]
 
 _MODULES = {
     "BestFit": ".packing",
+    "Mixture": ".mixture",
     "Pad": ".packing",
     "TokenDataset": ".dataset",
     "TokenLoader": ".loader",

@@ -1,5 +1,6 @@
 """The memory that batches are delivered in: two sets of arrays, used again only once nobody can see them."""
 
+import mmap
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -31,7 +32,7 @@ class HostBuffers:
         self._idle = max(map(sys.getrefcount, arrays))
 
     def _fresh(self) -> Arrays:
-        return tuple(np.empty(self._shape, dtype) for dtype in self._dtypes)
+        return tuple(_empty_on_page(self._shape, np.dtype(dtype)) for dtype in self._dtypes)
 
     def take(self) -> Arrays:
         i = self._next
@@ -44,6 +45,18 @@ class HostBuffers:
 
     def deliver(self, arrays: Arrays) -> list[torch.Tensor]:
         return [torch.from_numpy(array) for array in arrays]
+
+
+def _empty_on_page(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Memory that begins with a page.
+
+    Labels are input_ids, one place on. Where the two begin 16 bytes apart, modulo a page, as malloc places them, each
+    load of that copy waits for a store that it seems to follow: 78 us instead of 6 for (16, 2048) on an EPYC.
+    """
+    size_bytes = shape[0] * shape[1] * dtype.itemsize
+    memory = np.empty(size_bytes + mmap.PAGESIZE, np.uint8)
+    first = -memory.__array_interface__["data"][0] % mmap.PAGESIZE
+    return memory[first : first + size_bytes].view(dtype).reshape(shape)
 
 
 class DeviceBuffers:

@@ -2,8 +2,8 @@
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,16 @@ from ._source import Source
 from ._tables import Tables
 from .packing import Packer, WindowTable
 
-__all__ = ["IGNORED_LABEL", "DocumentRows", "PackedRows", "PackingReport", "PieceGather", "RowBorders"]
+__all__ = [
+    "IGNORED_LABEL",
+    "DocumentRows",
+    "Located",
+    "LocatedRows",
+    "PackedRows",
+    "PackingReport",
+    "PieceGather",
+    "RowBorders",
+]
 
 IGNORED_LABEL = -100
 """What torch's cross entropy leaves out by default."""
@@ -23,6 +32,8 @@ _MAX_DOCUMENTS = 10**8
 # Of the windows that a shuffle mixes, 48 lanes of 4 blocks: 25 MiB with 600 tokens a document, 220 MiB with 60. With fewer
 # than it mixes, windows would be planned again and again.
 _KEPT_PLANS_BYTES = 512 << 20
+
+_LONG_RUN = 512  # tokens: about where a copy of its own costs a run as much as its part of a common index
 
 _BEGIN, _LENGTH, _DOCUMENT, _NEXT = range(4)  # columns of a table of pieces
 
@@ -59,12 +70,13 @@ class RowBorders(NamedTuple):
     Attributes:
         cu_seqlens: int32 ``(pieces + 1,)``, from 0 to all tokens, padding included.
         max_seqlen: the longest piece.
-        padded_tokens: of all rows.
+        padded, unlabelled: of each row, the tokens that are padding, and those without a label, padding included; int64.
     """
 
     cu_seqlens: NDArray[np.int32]
     max_seqlen: int
-    padded_tokens: int
+    padded: NDArray[np.int64]
+    unlabelled: NDArray[np.int64]
 
 
 class PackingReport(NamedTuple):
@@ -152,12 +164,20 @@ class PackedRows:
 
     def pieces(self, tables: Tables, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """The pieces of some rows, one row after another: ``(n, 4)``, padding included, so each row is full."""
-        numbers, rows = np.divmod(samples, self.rows_per_window)
+        numbers, rows = (part.tolist() for part in np.divmod(samples, self.rows_per_window))
+        windows = {number: self._window(tables, number) for number in dict.fromkeys(numbers)}
         parts = []
-        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
-            window = self._window(tables, number)
-            parts.append(window.pieces[window.first[row] : window.first[row + 1]])
+        for number, row in zip(numbers, rows, strict=True):
+            first, pieces = windows[number]
+            parts.append(pieces[first[row] : first[row + 1]])
         return np.concatenate(parts) if parts else np.empty((0, 4), np.int64)
+
+    def planned(self, samples: NDArray[np.int64]) -> int:
+        """How many rows from the first on are in windows whose plans are at hand."""
+        windows = (samples // self.rows_per_window).tolist()
+        with self._lock:
+            absent = {number for number in set(windows) if number not in self._windows}
+        return next((i for i, number in enumerate(windows) if number in absent), len(windows))
 
     def _window(self, tables: Tables, number: int) -> _Window:
         with self._lock:
@@ -214,23 +234,81 @@ class PackedRows:
         )
 
 
-@dataclass(slots=True)
-class _Located:
-    """Addresses of pieces, in the numbers of :func:`row_index`; valid as long as `leases` are alive."""
+class Located(NamedTuple):
+    """Addresses of the pieces of some rows, in the numbers of :func:`row_index`; all rows are full.
+
+    Attributes:
+        pieces: as :meth:`PackedRows.pieces` has them.
+        address, run_length: of each run, a part of a piece that lies in one block.
+        next_address: of the label after each piece.
+        memories: what the addresses count in; one, unless rows of several dtypes were merged.
+        memory_of_run, memory_of_piece: numbers in `memories`; None where there is one.
+    """
 
     pieces: NDArray[np.int64]
-    address: NDArray[np.int64]  # of each run, a part of a piece that lies in one block
+    address: NDArray[np.int64]
     run_length: NDArray[np.int64]
     next_address: NDArray[np.int64]
-    leases: list[object]
+    memories: tuple[NDArray[Any], ...]
+    memory_of_run: NDArray[np.int64] | None = None
+    memory_of_piece: NDArray[np.int64] | None = None
+
+
+class LocatedRows:
+    """The rows of many batches; valid as long as `leases` are alive."""
+
+    def __init__(self, located: Located, leases: list[object], *, seq_len: int) -> None:
+        self._located, self.leases, self._seq_len = located, leases, seq_len
+        ends = np.cumsum(located.pieces[:, _LENGTH])
+        borders = np.arange((int(ends[-1]) // seq_len if len(ends) else 0) + 1) * seq_len
+        self._first_piece = np.searchsorted(ends, borders, side="right")
+        self._first_run = np.searchsorted(np.cumsum(located.run_length), borders, side="right")
+
+    def rows(self, start: int, end: int) -> Located:
+        """Rows ``[start, end)``, without a copy."""
+        every = self._located
+        pieces = slice(self._first_piece[start], self._first_piece[end])
+        runs = slice(self._first_run[start], self._first_run[end])
+        return Located(
+            every.pieces[pieces],
+            every.address[runs],
+            every.run_length[runs],
+            every.next_address[pieces],
+            every.memories,
+            None if every.memory_of_run is None else every.memory_of_run[runs],
+            None if every.memory_of_piece is None else every.memory_of_piece[pieces],
+        )
+
+    @classmethod
+    def merge(
+        cls, parts: Sequence[tuple[Located, NDArray[np.int64]]], leases: list[object], *, seq_len: int
+    ) -> "LocatedRows":
+        """Rows of several data sets: row ``i`` of a part becomes row ``places[i]``."""
+        memories: dict[np.dtype[Any], int] = {}
+        numbers = [memories.setdefault(part.memories[0].dtype, len(memories)) for part, _ in parts]
+        rows = [places[(np.cumsum(part.pieces[:, _LENGTH]) - 1) // seq_len] for part, places in parts]
+        rows_of_runs = [places[(np.cumsum(part.run_length) - 1) // seq_len] for part, places in parts]
+        order = np.argsort(np.concatenate(rows), kind="stable")
+        run_order = np.argsort(np.concatenate(rows_of_runs), kind="stable")
+        several = len(memories) > 1
+        merged = Located(
+            pieces=np.concatenate([part.pieces for part, _ in parts])[order],
+            address=np.concatenate([part.address for part, _ in parts])[run_order],
+            run_length=np.concatenate([part.run_length for part, _ in parts])[run_order],
+            next_address=np.concatenate([part.next_address for part, _ in parts])[order],
+            memories=tuple(map(token_memory, memories)),
+            memory_of_run=np.repeat(numbers, list(map(len, rows_of_runs)))[run_order] if several else None,
+            memory_of_piece=np.repeat(numbers, list(map(len, rows)))[order] if several else None,
+        )
+        return cls(merged, leases, seq_len=seq_len)
 
 
 # Guarantees: any number of threads may share one.
 class PieceGather:
     """Fill rows with the tokens of pieces, and with what follows from their borders.
 
-    All tokens of some rows are fetched by one index of their addresses: 41 us for (16, 2048), whatever the number of
-    pieces. A copy for each piece takes 38 us at 400 tokens a piece, and grows with their number.
+    All tokens of some rows are fetched by one index of their addresses: 60 us for (16, 2048), whatever the number of
+    pieces. A copy for each costs 0.75 us: 31 us at 800 tokens a piece.
     """
 
     def __init__(self, tables: Tables, *, seq_len: int, shifted: bool) -> None:
@@ -249,7 +327,23 @@ class PieceGather:
         most = int((last - first).max()) if first.size else 0
         return np.unique(np.concatenate([np.minimum(first + step, last) for step in range(most + 1)]))
 
-    def locate(self, pieces: NDArray[np.int64], blocks: NDArray[np.int64], source: Source, tables: Tables) -> _Located:
+    def resident(self, pieces: NDArray[np.int64], source: Source) -> tuple[int, int]:
+        """How many rows from the first on lie in resident blocks, and how many pieces they have."""
+        begin, length = pieces[:, _BEGIN], pieces[:, _LENGTH]
+        real = begin >= 0
+        first, last = begin >> self._shift, (begin + length - 1) >> self._shift
+        absent = np.zeros(len(pieces), np.bool_)
+        for step in range(int((last - first)[real].max(initial=0)) + 1):
+            absent |= real & (source.rows[np.minimum(first + step, last)] == 0)
+        ends = np.cumsum(length)
+        found = np.flatnonzero(absent)
+        tokens = ends[found[0]] - 1 if found.size else ends[-1] if len(ends) else 0
+        rows = int(tokens) // self._seq_len
+        return rows, int(np.searchsorted(ends, rows * self._seq_len, side="right"))
+
+    def locate(
+        self, pieces: NDArray[np.int64], blocks: NDArray[np.int64], source: Source, tables: Tables
+    ) -> LocatedRows:
         """Where the tokens lie. Their `blocks` must be resident; the label after a piece may lie in another one."""
         begin, length, _, follows = pieces.T
         real = begin >= 0
@@ -274,21 +368,19 @@ class PieceGather:
             next_address[at_border] = row_index(tokens) + np.arange(len(at_border))
             leases.append(tokens)
         leases += source.hold(blocks)
-        return _Located(pieces, address, run_end - run_begin, next_address, leases)
+        located = Located(pieces, address, run_end - run_begin, next_address, (self._memory,))
+        return LocatedRows(located, leases, seq_len=self._seq_len)
 
-    def __call__(self, located: _Located, rows: DocumentRows) -> RowBorders:
-        """Copy the tokens; what `located` leases must be alive until this returns."""
+    def __call__(self, located: Located, rows: DocumentRows) -> RowBorders:
+        """Copy the tokens; the leases of `located` must be alive until this returns."""
         _, length, document, follows = located.pieces.T
         ends = np.cumsum(length)
         begins = ends - length
         places = self._places[: rows.input_ids.size]
         if len(places) < rows.input_ids.size:
             places = self._places = np.arange(rows.input_ids.size)
-        run_ends = np.cumsum(located.run_length)
-        index = np.repeat(located.address - (run_ends - located.run_length), located.run_length)
-        index += places
-        tokens = self._memory.take(index)
-        rows.input_ids.reshape(-1)[:] = tokens
+        tokens = rows.input_ids.reshape(-1)
+        _copy_runs(located, tokens, places)
         np.subtract(places, np.repeat(begins, length), out=rows.position_ids.reshape(-1))
         rows.doc_ids.reshape(-1)[:] = np.repeat(document, length)
         labels, loss_mask = rows.labels.reshape(-1), rows.loss_mask.reshape(-1)
@@ -296,7 +388,9 @@ class PieceGather:
         if self._shifted:
             labels[:-1] = tokens[1:]
             goes_on = follows >= 0
-            labels[ends[goes_on] - 1] = self._memory.take(located.next_address[goes_on])
+            of_piece = located.memory_of_piece
+            of_label = None if of_piece is None else of_piece[goes_on]
+            labels[ends[goes_on] - 1] = _take(located.memories, located.next_address[goes_on], of_label)
             masked = ends[~goes_on] - 1
         else:
             labels[:] = tokens
@@ -309,4 +403,34 @@ class PieceGather:
             loss_mask[begin:end] = False
         cu_seqlens = np.zeros(len(ends) + 1, np.int32)
         cu_seqlens[1:] = ends
-        return RowBorders(cu_seqlens, int(length.max()), int(length[padding].sum()))
+        # A row has one piece of padding at most, its last; where labels are shifted, that counts among the masked too.
+        padded = np.zeros(len(rows.input_ids), np.int64)
+        padded[begins[padding] // self._seq_len] = length[padding]
+        unlabelled = padded + np.bincount(masked // self._seq_len, minlength=len(padded))
+        unlabelled -= padded > 0
+        return RowBorders(cu_seqlens, int(length.max()), padded, unlabelled)
+
+
+def _copy_runs(located: Located, tokens: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+    """Fill `tokens` run by run, or by one index where runs are short."""
+    lengths, of_run = located.run_length, located.memory_of_run
+    if of_run is None and len(lengths) * _LONG_RUN <= len(tokens):
+        memory, end = located.memories[0], 0
+        for address, length in zip(located.address.tolist(), lengths.tolist(), strict=True):
+            begin, end = end, end + length
+            tokens[begin:end] = memory[address : address + length]
+        return
+    index = np.repeat(located.address - (np.cumsum(lengths) - lengths), lengths)
+    index += places
+    tokens[:] = _take(located.memories, index, None if of_run is None else np.repeat(of_run, lengths))
+
+
+def _take(memories: tuple[NDArray[Any], ...], index: NDArray[np.int64], of: NDArray[np.int64] | None) -> NDArray[Any]:
+    """Tokens by address, each from its memory."""
+    if of is None:
+        return memories[0].take(index)
+    tokens = np.empty(len(index), np.int64)
+    for number, memory in enumerate(memories):
+        chosen = np.flatnonzero(of == number)
+        tokens[chosen] = memory.take(index[chosen])
+    return tokens

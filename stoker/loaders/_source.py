@@ -16,7 +16,7 @@ from ..errors import CorruptBlock, ObjectChanged
 from ..metrics import counters
 from ..storage._checksums import crc32c
 from ..storage._posix import translate_os_errors
-from ..storage.cache import Block, TieredCache
+from ..storage.cache import Block, CacheReader, TieredCache
 from ._gather import row_index
 from ._tables import Tables
 from .format import shard_key
@@ -61,6 +61,18 @@ class Source(ABC):
         """Start to bring `blocks` near, in the background."""
 
     @abstractmethod
+    def share(self, parts: int) -> None:
+        """Hold at most a `parts`-th of what one source alone may: of maps, or of the cache."""
+
+    def cache_bytes(self) -> int | None:
+        """Capacity of the largest tier; None where there is no cache."""
+        return None
+
+    def reader(self) -> CacheReader | None:
+        """What tells a cache the future; None where there is no cache."""
+        return None
+
+    @abstractmethod
     def close(self) -> None:
         """Let everything go that nobody holds."""
 
@@ -80,7 +92,10 @@ class LocalSource(Source):
         self._checked = np.zeros(tables.manifest.blocks, np.bool_)
         self._stamps: dict[int, tuple[int, int]] = {}
         self._maps: OrderedDict[int, _Map] = OrderedDict()
-        self.max_maps = _affordable_maps(tables.manifest.shards)
+        self.share(1)
+
+    def share(self, parts: int) -> None:
+        self.max_maps = max(16, _affordable_maps(parts * self.tables.manifest.shards) // parts)
 
     def acquire(self, blocks: NDArray[np.int64]) -> None:
         missing = blocks[self.rows[blocks] == 0]
@@ -187,10 +202,13 @@ class CachedSource(Source):
         super().__init__(tables)
         self._cache = cache
         self._views: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self.share(1)
+
+    def share(self, parts: int) -> None:
         # A quarter of the RAM tier is what the loader's window may take. Without such a tier a view may be anonymous
         # memory: 64 MiB of it, and one view at least.
-        share_bytes = max(cache.stats().ram_capacity_bytes // 4, 64 << 20)
-        self.max_views = max(1, min(4096, share_bytes // tables.manifest.block_bytes))
+        share_bytes = max(self._cache.stats().ram_capacity_bytes // 4, 64 << 20) // parts
+        self.max_views = max(1, min(4096, share_bytes // self.tables.manifest.block_bytes))
 
     def acquire(self, blocks: NDArray[np.int64]) -> None:
         missing = blocks[self.rows[blocks] == 0]
@@ -226,6 +244,13 @@ class CachedSource(Source):
 
     def prefetch(self, blocks: NDArray[np.int64]) -> None:
         self._cache.prefetch(self.tables.store, list(cache_blocks(self.tables, blocks)))
+
+    def cache_bytes(self) -> int:
+        stats = self._cache.stats()
+        return max(stats.ram_capacity_bytes, stats.disk_capacity_bytes)
+
+    def reader(self) -> CacheReader:
+        return self._cache.reader()
 
     def close(self) -> None:
         self.rows[:] = 0

@@ -1,7 +1,8 @@
 """The state of a loader: one small record, the same on every rank, that finds any topology again."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Self
 
 from ..errors import StateMismatch, UnknownVersion
@@ -13,27 +14,21 @@ STATE_VERSION = 1
 _PLACE = "loader state"
 
 # What two loaders must share for a position to mean the same sample. Paths, ranks and batch sizes are not among it.
-_IDENTITY = (
-    "fingerprint",
-    "packing",
-    "seq_len",
-    "num_samples",
-    "order_version",
-    "seed",
-    "shuffle",
-    "samples_per_block",
-    "lanes",
-    "window_blocks",
-)
+_DATASET = {"fingerprint": str, "packing": str, "num_samples": int, "samples_per_block": int}
+_MIXTURE = {"mixture_version": int, "sources": dict, "segments": list}
+_ORDER = {"seq_len": int, "order_version": int, "seed": int, "shuffle": str, "lanes": int, "window_blocks": int}
+_PROGRESS = {"position": int, "run_start": int, "skip": list, "global_batch": int}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderState:
     """Where a stream stands, and which stream it is.
 
     Attributes:
-        fingerprint: content of the data set. packing, seq_len, num_samples: how it is cut into samples.
-        order_version, seed, shuffle, samples_per_block, lanes, window_blocks: the order.
+        content: of a data set: ``fingerprint`` of its content, ``packing`` and ``num_samples``, how it is cut into
+            samples, ``samples_per_block``. Of a mixture: ``mixture_version``; ``sources``, ``{name: [digest, packing]}``;
+            ``segments``, ``[position, digest of weights]`` of those that start before `position`.
+        seq_len, order_version, seed, shuffle, lanes, window_blocks: the order.
         position: the first position that the trainer has not got; everything before it was delivered, skipped by
             request, or dropped at the end of a run.
         run_start: where the current run of epochs began; equal to `position` if that run is yet to begin.
@@ -41,14 +36,11 @@ class LoaderState:
         global_batch: rows of a step when the state was taken; only for the log.
     """
 
-    fingerprint: str
-    packing: str
+    content: Mapping[str, Any]
     seq_len: int
-    num_samples: int
     order_version: int
     seed: int
     shuffle: str
-    samples_per_block: int
     lanes: int
     window_blocks: int
     position: int
@@ -56,11 +48,22 @@ class LoaderState:
     skip: tuple[tuple[int, int], ...]
     global_batch: int
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether it is of a mixture."""
+        return "mixture_version" in self.content
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only: strings, integers and lists of them."""
-        record: dict[str, Any] = {"version": STATE_VERSION, **self.__dict__}
-        record["skip"] = [list(r) for r in self.skip]
-        return record
+        """Plain values only: strings, integers, and lists and dicts of them."""
+        return {
+            "version": STATE_VERSION,
+            **self.content,
+            **{name: getattr(self, name) for name in _ORDER},
+            "position": self.position,
+            "run_start": self.run_start,
+            "skip": [list(r) for r in self.skip],
+            "global_batch": self.global_batch,
+        }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -70,13 +73,16 @@ class LoaderState:
             UnknownVersion: written by a newer version.
             StateMismatch: no state of a loader, an empty one included.
         """
-        record = {"packing": "concat", **record}  # the first states of version 1 knew no other
         version = record.get("version")
         if isinstance(version, int) and version > STATE_VERSION:
             raise UnknownVersion(
                 f"this version of stoker reads loader states up to version {STATE_VERSION}", value=version, place=_PLACE
             )
-        missing = [f.name for f in fields(cls) if f.name not in record]
+        content = _MIXTURE if "mixture_version" in record else _DATASET
+        if content is _DATASET:
+            record = {"packing": "concat", **record}  # the first states of version 1 knew no other
+        types = {**content, **_ORDER, **_PROGRESS}
+        missing = [name for name in types if name not in record]
         if version != STATE_VERSION or missing:
             raise StateMismatch(
                 "must be what TokenLoader.state_dict() returned",
@@ -84,31 +90,79 @@ class LoaderState:
                 place=_PLACE,
                 hint="a lost state would start the data anew in silence, so it is refused",
             )
-        values = {f.name: record[f.name] for f in fields(cls)}
-        for f in fields(cls):
-            wanted = str if f.name in ("fingerprint", "packing", "shuffle") else int
-            if f.name != "skip" and type(values[f.name]) is not wanted:
-                raise StateMismatch(f"{f.name} must be of type {wanted.__name__}", value=values[f.name], place=_PLACE)
-        values["skip"] = SkipRanges(values["skip"]).ranges
-        if not 0 <= values["run_start"] <= values["position"]:
+        for name, wanted in types.items():
+            if name != "skip" and type(record[name]) is not wanted:
+                raise StateMismatch(f"{name} must be of type {wanted.__name__}", value=record[name], place=_PLACE)
+        if not 0 <= record["run_start"] <= record["position"]:
             raise StateMismatch(
                 "0 <= run_start <= position must hold",
-                value=f"{values['run_start']} and {values['position']}",
+                value=f"{record['run_start']} and {record['position']}",
                 place=_PLACE,
             )
-        return cls(**values)
+        if content is _MIXTURE:
+            _require_pairs("sources", record["sources"].values(), str, str)
+            _require_pairs("segments", record["segments"], int, str)
+        values = {name: record[name] for name in {**_ORDER, **_PROGRESS}}
+        values["skip"] = SkipRanges(values["skip"]).ranges
+        return cls(content={name: record[name] for name in content}, **values)
 
-    def require_same_stream(self, other: "LoaderState") -> None:
-        """Raise StateMismatch, naming every difference, unless positions mean the same samples in both."""
-        differences = [
-            f"{name} is {getattr(self, name)!r} in the state and {getattr(other, name)!r} here"
-            for name in _IDENTITY
-            if getattr(self, name) != getattr(other, name)
-        ]
+    def require_same_stream(self, here: "LoaderState") -> None:
+        """Raise StateMismatch, naming every difference, unless positions up to this state's mean the same samples.
+
+        `here` is what another loader would say at the same position.
+        """
+        if self.is_mixture != here.is_mixture:
+            kinds = ("one data set", "a mixture")
+            raise StateMismatch(
+                f"the state is of {kinds[self.is_mixture]}",
+                value=f"{kinds[here.is_mixture]} here",
+                place=_PLACE,
+                hint="a mixture of one source is a mixture too",
+            )
+        differences = []
+        for name in (*self.content, *_ORDER):
+            mine, other = (s.content[name] if name in s.content else getattr(s, name) for s in (self, here))
+            if name == "sources":
+                differences += _differing_sources(mine, other)
+            elif name == "segments":
+                differences += _differing_segments(mine, other)
+            elif mine != other:
+                differences.append(f"{name} is {mine!r} in the state and {other!r} here")
         if differences:
+            hint = "open the data set that the run was started with, with the same seed, seq_len, packing and shuffle"
             raise StateMismatch(
                 "the state must come from the same tokens in the same order",
                 value="; ".join(differences),
                 place=_PLACE,
-                hint="open the data set that the run was started with, with the same seed, seq_len, packing and shuffle",
+                hint=f"{hint}; weights may change from position {self.position} on" if self.is_mixture else hint,
             )
+
+
+def _require_pairs(name: str, pairs: Iterable[Any], *types: type) -> None:
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or tuple(map(type, pair)) != types:
+            told = " and ".join(wanted.__name__ for wanted in types)
+            raise StateMismatch(f"{name} must hold pairs of {told}", value=pair, place=_PLACE)
+
+
+def _differing_sources(mine: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """What the state's sources are that are others here; further ones are none of its business."""
+    differences = []
+    for name, told in mine.items():
+        if name not in others:
+            differences.append(f"source {name!r} is missing here, where it may have weight 0")
+        elif list(told) != list(others[name]):
+            differences.append(f"source {name!r} is {told!r} in the state and {others[name]!r} here")
+    return differences
+
+
+def _differing_segments(mine: Sequence[Any], others: Sequence[Any]) -> list[str]:
+    """Where the first difference between the weights up to the state's position is."""
+    for told, other in zip_longest(map(list, mine), map(list, others)):
+        if told != other:
+            if other is None or (told is not None and told[0] < other[0]):
+                return [f"the weights change at position {told[0]} in the state and not here"]
+            if told is None or other[0] < told[0]:
+                return [f"the weights change at position {other[0]} here and not in the state"]
+            return [f"the weights from position {told[0]} on are others here"]
+    return []

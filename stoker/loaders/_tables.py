@@ -136,6 +136,11 @@ class Tables:
             with ThreadPoolExecutor(_CONCURRENT_GETS, thread_name_prefix="stoker-tables") as pool:
                 list(pool.map(self.blocks, missing))
 
+    def has_rows(self, shards: Iterable[int]) -> bool:
+        """Whether the block rows of all these shards are here, so that nobody waits for a request."""
+        with self._lock:
+            return BLOCKS_KEY in self._whole or all(shard in self._slices for shard in shards)
+
     def lengths(self, shard: int) -> NDArray[np.uint32]:
         """Tokens of each document that starts in a shard, also of the last, which may end in a later one.
 

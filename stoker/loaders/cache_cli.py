@@ -25,19 +25,32 @@ def plan(
             metavar="SHARE", help="Of the data set, for all nodes; may repeat.", show_default="0.1, 0.25, 0.5, 0.8"
         ),
     ] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Rows of a step, of all ranks: show how many bytes the nodes read with it.")
+    ] = None,
+    lanes: Annotated[int, typer.Option(help="Of the order; with --global-batch.")] = 48,
     json: JsonFlag = False,
 ) -> None:
-    """Show how often a cache would hit: by the plan, keeping a fixed part (pin), SIEVE and LRU.
+    """Show what a job's nodes would read, or how often a cache would hit. Reads no data.
 
-    One node in a scan, shuffled, and with a mixture at unequal rates; several nodes with fixed lanes, and with blocks
-    dealt to lanes anew each epoch. Takes some seconds; reads no data.
+    With --global-batch: the bytes that all nodes read for each byte of the data set, and a batch near it that reads
+    least. With --simulate, in some seconds: hit rates by the plan, keeping a fixed part (pin), SIEVE and LRU; for one
+    node in a scan, shuffled, and with a mixture at unequal rates; for several nodes with fixed lanes, and with blocks
+    dealt to lanes anew each epoch.
 
     \b
+    stoker plan --global-batch 480 --nodes 5
     stoker plan --simulate
     stoker plan --simulate --nodes 16 --capacity 0.3 --json
     """
-    if not simulate:
-        raise ConfigError("--simulate is needed: it is the one question that this version answers", place="stoker plan")
+    if simulate == (global_batch is not None):
+        raise ConfigError("one of --simulate and --global-batch is needed", place="stoker plan")
+    if global_batch is not None:
+        from .locality import locality
+
+        split = locality(nodes=nodes, global_batch=global_batch, lanes=lanes)
+        emit(split.to_json(), split.to_text(), as_json=json)
+        return
     from .simulate import CAPACITIES, POLICIES, SCENES, Workload
     from .simulate import simulate as run
 

@@ -1,7 +1,7 @@
 """``stoker data``: make, show and check token data sets, and what a run reads of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +14,7 @@ from ..storage._units import format_bytes
 
 if TYPE_CHECKING:
     from .dataset import TokenDataset
+    from .mixture import Mixture
     from .order import Shuffle, Window
 
 __all__ = ["app"]
@@ -21,6 +22,13 @@ __all__ = ["app"]
 app = new_app("Make, show and check token data sets, and what a run reads of them.")
 
 _Url = Annotated[str, typer.Argument(metavar="URL", help="Plain path or URL of a data set.")]
+_UrlOrNone = Annotated[
+    str | None, typer.Argument(metavar="[URL]", help="Plain path or URL of a data set, unless --mixture is given.")
+]
+_MixtureFile = Annotated[
+    Path | None,
+    typer.Option("--mixture", metavar="FILE", help="TOML or JSON of a mixture: sources.NAME.url, .weight, .cap, ..."),
+]
 _SeqLen = Annotated[int | None, typer.Option(help="Tokens of a sample.")]
 _GlobalBatch = Annotated[int | None, typer.Option(help="Rows of a step, of all ranks together.")]
 _WorldSize = Annotated[int, typer.Option(help="Ranks that read; divides the rows of a step.")]
@@ -182,7 +190,8 @@ def verify(url: _Url, json: JsonFlag = False, option: StorageOptions = None) -> 
 
 @app.command("explain")
 def explain(
-    url: _Url,
+    url: _UrlOrNone = None,
+    *,
     steps: Annotated[str, typer.Option(metavar="A:B", help="Steps, B not among them; A alone is one step.")],
     seq_len: _SeqLen = None,
     global_batch: _GlobalBatch = None,
@@ -193,6 +202,7 @@ def explain(
     documents: _Documents = False,
     epochs: _Epochs = 1,
     skip: _Skip = None,
+    mixture: _MixtureFile = None,
     json: JsonFlag = False,
     option: StorageOptions = None,
 ) -> None:
@@ -203,6 +213,7 @@ def explain(
     \b
     stoker data explain /data/docs --steps 1700 --seq-len 2048 --global-batch 512
     stoker data explain s3://bucket/web --steps 10:12 --seq-len 4096 --global-batch 120 --world-size 8 --json
+    stoker data explain --mixture mix.toml --steps 1700 --seq-len 2048 --global-batch 512
     """
     from .loader import TokenLoader
     from .replay import parse_range
@@ -214,9 +225,9 @@ def explain(
     first, end = parse_range(steps, place="--steps")
     if end is None or not 0 <= first < end:
         raise ConfigError("must be a range A:B with 0 <= A < B", value=steps, place="--steps")
-    with _opened(url, option, seq_len=seq_len, packing=_packing(packing), documents=documents) as dataset:
+    with _opened(url, mixture, option, packing=packing, seq_len=seq_len, documents=documents) as (source, told):
         loader = TokenLoader(
-            dataset,
+            source,
             batch_size=global_batch // world_size,
             rank=0,
             world_size=world_size,
@@ -229,25 +240,26 @@ def explain(
         with loader, progress("explaining", total=end - first, unit="steps") as meter:
             for step in range(first, end):
                 for origin in loader.explain(step):
-                    spans = [{"source": dataset.url, **span._asdict()} for span in origin.spans]
+                    url = told["url"] if origin.source is None else told["sources"][origin.source]["url"]
+                    spans = [{"source": url, **span._asdict()} for span in origin.spans]
                     rows.append({"step": step, **origin._asdict(), "spans": spans})
                 meter.advance(1)
     report = {
         "ok": True,
-        "url": dataset.url,
-        "fingerprint": dataset.fingerprint,
+        **told,
         "seq_len": seq_len,
         "global_batch": global_batch,
         "world_size": world_size,
         "seed": seed or 0,
         "rows": rows,
     }
-    emit(report, f"{dataset.url}\n{_origins(rows)}", as_json=json)
+    emit(report, f"{told['url']}\n{_origins(rows)}", as_json=json)
 
 
 def _origins(rows: list[dict[str, Any]]) -> str:
     """A line for each span; what a row's further spans share with its first is left blank."""
-    names = ("step", "position", "epoch", "rank", "row", "sample")
+    names = ["step", "position", "epoch", "rank", "row", "sample"]
+    names[3:3] = ["source"] if rows[0]["source"] is not None else []
     table = [[*names, "shard", "document", "tokens"]]
     for row in rows:
         for i, span in enumerate(row["spans"]):
@@ -259,7 +271,8 @@ def _origins(rows: list[dict[str, Any]]) -> str:
 
 @app.command("replay")
 def replay(
-    url: _Url,
+    url: _UrlOrNone = None,
+    *,
     steps: Annotated[
         str, typer.Option(metavar="A:B", help="Steps, B not among them; open at the end of the run.")
     ] = "0:",
@@ -279,6 +292,7 @@ def replay(
             metavar="FILE", help="JSON of a loader's state to start from; steps then count from the next one."
         ),
     ] = None,
+    mixture: _MixtureFile = None,
     json: JsonFlag = False,
     option: StorageOptions = None,
 ) -> None:
@@ -289,6 +303,7 @@ def replay(
     \b
     stoker data replay /data/docs --steps 0:100 --hash --seq-len 2048 --global-batch 512 --world-size 8
     stoker data replay s3://bucket/web --state loader.json --steps 0:10 --hash --json
+    stoker data replay --mixture mix.toml --steps 0:100 --hash --seq-len 2048 --global-batch 512
     """
     from ._state import LoaderState
     from .replay import Replay, digest_of_step, digest_of_stream, load_state, parse_range
@@ -299,14 +314,16 @@ def replay(
         if saved is None:
             raise ConfigError("--seq-len is needed, unless --state tells it", place="stoker data replay")
         seq_len = LoaderState.from_dict(saved).seq_len
-    if packing is None and saved is not None:
-        kind, _, rest = str(saved.get("packing", "concat")).partition("-")  # such as best_fit-1/split
-        packing = ":".join([kind, *rest.split("/")[1:]])
+    if packing is None and saved is not None and mixture is None:
+        packing = _packing_of(str(saved.get("packing", "concat")))
     began = perf_counter()
     digests: list[bytes] = []
-    with _opened(url, option, seq_len=seq_len, packing=_packing(packing), documents=documents) as dataset:
+    with _opened(url, mixture, option, packing=packing, seq_len=seq_len, documents=documents, saved=saved) as (
+        source,
+        told,
+    ):
         run = Replay(
-            dataset,
+            source,
             global_batch=global_batch,
             world_size=world_size,
             seed=seed,
@@ -327,8 +344,7 @@ def replay(
     rows = len(run) * run.global_batch
     report: dict[str, Any] = {
         "ok": True,
-        "url": dataset.url,
-        "fingerprint": dataset.fingerprint,
+        **told,
         "seq_len": seq_len,
         "global_batch": run.global_batch,
         "world_size": world_size,
@@ -346,24 +362,68 @@ def replay(
     lines = [f"step {run.first + i}: {digest.hex()}" for i, digest in enumerate(digests)]
     lines += [f"all: {report['sha256']}"] if hash_rows else []
     lines.append(
-        f"{dataset.url}: steps {run.first}:{run.end}, {rows:,} rows, {rows * seq_len:,} tokens, "
+        f"{told['url']}: steps {run.first}:{run.end}, {rows:,} rows, {rows * seq_len:,} tokens, "
         f"read by {world_size:,} {'rank' if world_size == 1 else 'ranks'} in {elapsed_s:.1f} s"
     )
     emit(report, "\n".join(lines), as_json=json)
 
 
 @contextmanager
-def _opened(url: str, option: list[str] | None, **choices: Any) -> "Iterator[TokenDataset]":
+def _opened(
+    url: str | None,
+    file: Path | None,
+    option: list[str] | None,
+    *,
+    packing: str | None,
+    saved: dict[str, Any] | None = None,
+    **choices: Any,
+) -> "Iterator[tuple[TokenDataset | Mixture, dict[str, Any]]]":
+    """A data set or a mixture, and what a report says of it."""
     from ..storage import TieredCache
     from ..storage.urls import is_local_url
     from .dataset import TokenDataset
 
-    # A remote data set is read through the node's cache, closed with it: no thread outlives the command.
-    with (
-        nullcontext() if is_local_url(url) else TieredCache() as cache,
-        TokenDataset(url, cache=cache, storage_options=parse_options(option), **choices) as dataset,
-    ):
-        yield dataset
+    if (url is None) == (file is None):
+        raise ConfigError("one of URL and --mixture is needed", place="stoker data")
+    plan = None
+    if file is not None:
+        from ._mixture_file import MixtureFile
+
+        plan = MixtureFile.read(file)
+    urls = plan.urls if plan is not None else {"": str(url)}
+    packings = dict.fromkeys(urls, packing)
+    if plan is not None:
+        known = (saved or {}).get("sources", {})
+        packings |= {name: _packing_of(told[1]) for name, told in known.items() if packing is None and name in urls}
+        packings |= plan.packings
+    with ExitStack() as stack:
+        # Remote data sets are read through the node's cache, closed with them: no thread outlives the command.
+        local = all(map(is_local_url, urls.values()))
+        cache = None if local else stack.enter_context(TieredCache())
+        datasets = {
+            name: stack.enter_context(
+                TokenDataset(
+                    url,
+                    cache=cache,
+                    storage_options={} if is_local_url(url) and plan is not None else parse_options(option),
+                    packing=_packing(packings[name]),
+                    **choices,
+                )
+            )
+            for name, url in urls.items()
+        }
+        if plan is None:
+            yield datasets[""], {"url": datasets[""].url, "fingerprint": datasets[""].fingerprint}
+            return
+        mixed = plan.mix(datasets)
+        sources = {name: {"url": d.url, "fingerprint": d.fingerprint} for name, d in datasets.items()}
+        yield mixed, {"url": str(file), "fingerprint": mixed.fingerprint, "sources": sources}
+
+
+def _packing_of(name: str) -> str:
+    """As the command line has it, what a state has: ``best_fit-1/split`` is ``best_fit:split``."""
+    kind, _, rest = name.partition("-")
+    return ":".join([kind, *rest.split("/")[1:]])
 
 
 def _shuffle(name: str | None) -> "Shuffle | Window | None":

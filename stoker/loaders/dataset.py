@@ -18,10 +18,12 @@ from ..errors import ConfigError, EmptyInput, StateMismatch
 from ..storage.cache import TieredCache
 from ..storage.store import ObjectStore, redact_url
 from ..storage.urls import open_store
+from ._ahead import SamplesReader
 from ._gather import RowGather, row_index
-from ._packed import DocumentRows, PackedRows, PackingReport, PieceGather, RowBorders
+from ._packed import DocumentRows, Located, LocatedRows, PackedRows, PackingReport, PieceGather, RowBorders
 from ._source import CachedSource, LocalSource, Source
 from ._tables import Span, Tables
+from ._window import CacheRoom
 from .format import Manifest
 from .packing import BestFit, Concat, Pad, resolve
 
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 Packing: TypeAlias = Literal["concat", "best_fit", "pad"] | BestFit | Pad
 Labels = Literal["shifted", "same"]
+
+_ROWS_LOCATED = 512  # with borders, in one call: locating 16 rows costs 80 us, 512 rows 400
 
 _default_cache: TieredCache | None = None
 _default_cache_lock = threading.Lock()
@@ -71,6 +75,9 @@ class PackedPlan:
     """Rows made of pieces of documents. Made by :meth:`TokenDataset.plan`; opaque."""
 
     _samples: NDArray[np.int64]
+    _located: LocatedRows | None = None  # rows [_start, _end)
+    _start: int = 0
+    _end: int = 0
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -212,6 +219,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self._pid = os.getpid()
         self._closed = False
         self._source: Source | None = None
+        self._parts = 1  # of a mixture
 
     def _open_store(self) -> ObjectStore:
         return open_store(self._config["url"], **self._config["storage_options"])
@@ -308,21 +316,50 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             self._make_ready(plan, start, end)
         self._gather(plan._rows[start:end], input_ids, labels)
 
+    def ready_rows(self, plan: GatherPlan, start: int, end: int) -> tuple[NDArray[np.intp], int, int]:
+        """Row numbers of a plan, of which those in ``[first, end)`` are ready: at least ``[start, end)``; for mixtures.
+
+        They are valid as long as the plan lives and no later call makes others ready.
+        """
+        if start < plan._start or end > plan._end:
+            self._make_ready(plan, start, end)
+        return plan._rows, plan._start, plan._end
+
     def gather_documents(self, plan: GatherPlan | PackedPlan, start: int, end: int, rows: DocumentRows) -> RowBorders:
         """Fill all arrays of rows ``[start, end)`` of a plan, and tell where their pieces end.
 
         Raises:
             ConfigError: samples of this data set carry no borders.
         """
+        located, first, _ = self.located_rows(plan, start, end)
+        return self.fill_documents(located.rows(start - first, end - first), rows)
+
+    def fill_documents(self, located: Located, rows: DocumentRows) -> RowBorders:
+        """Copy the tokens of located pieces, also of other data sets with the same `seq_len` and `labels`."""
+        return self._gather_pieces(located, rows)
+
+    def located_rows(self, plan: GatherPlan | PackedPlan, start: int, end: int) -> tuple[LocatedRows, int, int]:
+        """Where the pieces of rows ``[first, last)`` of a plan lie: at least those of ``[start, end)``; for mixtures."""
         if self._packed is None or not isinstance(plan, PackedPlan):
             raise ConfigError("only packed samples and documents=True have borders", value=self.packing, place=self.url)
-        self._renew_after_fork()
-        pieces = self._packed.pieces(self._tables, plan._samples[start:end])
-        blocks = self._gather_pieces.blocks(pieces)
+        if plan._located is None or start < plan._start or end > plan._end:
+            self._renew_after_fork()
+            self._locate(self._packed, plan, start, end)
+        assert plan._located is not None
+        return plan._located, plan._start, plan._end
+
+    def _locate(self, packed: PackedRows, plan: PackedPlan, start: int, end: int) -> None:
+        """Fetch and check what rows [start, end) need; take rows after them along that are planned and resident."""
+        gather, samples = self._gather_pieces, plan._samples
+        pieces = packed.pieces(self._tables, samples[start:end])
+        further = samples[end : start + _ROWS_LOCATED]
+        further_pieces = packed.pieces(self._tables, further[: packed.planned(further)])
         with self._locked_source() as source:
-            source.acquire(blocks)
-            located = self._gather_pieces.locate(pieces, blocks, source, self._tables)
-        return self._gather_pieces(located, rows)
+            source.acquire(gather.blocks(pieces))
+            rows, count = gather.resident(further_pieces, source)
+            pieces = np.concatenate((pieces, further_pieces[:count]))
+            plan._located = gather.locate(pieces, gather.blocks(pieces), source, self._tables)
+            plan._start, plan._end = start, end + rows
 
     def _make_ready(self, plan: GatherPlan, start: int, end: int) -> None:
         """Fetch and check what rows [start, end) need; take the rows after them along as far as all is resident."""
@@ -363,19 +400,64 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
         """Start to bring the blocks of `samples` into the cache, in the background; nothing to do for local data."""
-        if self.is_local or not len(samples):
-            return
+        blocks, _ = self.missing_blocks(samples)
+        if blocks.size:
+            with self._locked_source() as source:
+                source.prefetch(blocks)
+
+    def missing_blocks(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The blocks of remote samples that are not in this process, in order of need, and which sample needs each first."""
         samples = np.asarray(samples, np.int64)
+        if self.is_local or not len(samples):
+            return np.empty(0, np.int64), np.empty(0, np.int64)
         if self._packed is not None:  # a window's blocks together: its other rows come up soon
-            first, end = self._packed.stretch(np.unique(samples // self._packed.rows_per_window))
-            blocks = self._blocks_between(first >> self._shift, (end - 1) >> self._shift)
+            start, end = self._packed.stretch(samples // self._packed.rows_per_window)
+            first, last = start >> self._shift, (end - 1) >> self._shift
         else:
-            first = samples * self.seq_len
-            blocks = self._blocks_between(first >> self._shift, (first + (self.seq_len - 1)) >> self._shift)
+            start = samples * self.seq_len
+            first, last = start >> self._shift, (start + (self.seq_len - 1)) >> self._shift
+        steps = range(int((last - first).max()) + 1)
+        needed = np.stack([np.minimum(first + step, last) for step in steps], axis=1).ravel()
+        blocks, at = np.unique(needed, return_index=True)
         with self._locked_source() as source:
-            missing = blocks[source.rows[blocks] == 0]
-        if missing.size:
-            source.prefetch(missing)
+            missing = np.flatnonzero(source.rows[blocks] == 0)
+        missing = missing[np.argsort(at[missing])]
+        return blocks[missing], at[missing] // len(steps)
+
+    def blocks_of(self, order_blocks: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first and the last block that each order block lies in; see :attr:`samples_per_block`."""
+        if self._packed is not None:
+            start, end = self._packed.stretch(order_blocks)
+        else:
+            tokens = self.samples_per_block * self.seq_len
+            start = order_blocks * tokens
+            end = np.minimum(start + tokens, self._length * self.seq_len)
+        return start >> self._shift, (end - 1) >> self._shift
+
+    def cache_room(self) -> CacheRoom | None:
+        """What a shuffle's windows need of the cache, and what it has; None for local data. For loaders."""
+        if self.is_local:
+            return None
+        with self._locked_source() as source:
+            capacity_bytes = source.cache_bytes()
+        return CacheRoom(
+            blocks=-(-self._length // self.samples_per_block),
+            block_bytes=self.manifest.order_blocks * self.manifest.block_bytes,
+            capacity_bytes=capacity_bytes or 0,
+        )
+
+    def reader(self) -> SamplesReader | None:
+        """What tells the cache which samples will be read when; None for local data. For loaders."""
+        with self._locked_source() as source:
+            reader = source.reader()
+        return None if reader is None else SamplesReader(self, self._tables, reader)
+
+    def share(self, parts: int) -> None:
+        """Keep no more than a `parts`-th of the maps or the cached blocks that a data set alone may; for mixtures."""
+        with self._lock:
+            self._parts = max(self._parts, parts)
+            if self._source is not None:
+                self._source.share(self._parts)
 
     def explain(self, sample: int) -> list[Span]:
         """The documents that a sample's tokens come from, in order. Reads tables, no tokens.
@@ -452,6 +534,8 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
                 cache = self._config["cache"]
                 cache = _shared_cache() if cache is None else cache
                 self._source = CachedSource(self._tables, cache)
+            if self._parts > 1:
+                self._source.share(self._parts)
         return self._source
 
     def __getstate__(self) -> dict[str, Any]:

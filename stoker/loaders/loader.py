@@ -7,29 +7,38 @@ and verified ahead of need; the cache owns those.
 """
 
 import logging
+import mmap
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.context import get_spawning_popen
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError, StateMismatch, UnsupportedError
 from ..metrics import counters
+from ._ahead import ReadAhead
 from ._buffers import DeviceBuffers, HostBuffers, usable_device
+from ._dataloader import WorkerPart, state_after
 from ._lookahead import Lookahead
 from ._packed import DocumentRows, RowBorders
 from ._placement import place_in_group
+from ._reports import LoaderStats, RowOrigin, SourceStats, SourceTally, origins_of
 from ._state import LoaderState
-from .order import ORDER_VERSION, OrderV1, Shuffle, SkipRanges, Window, consecutive_rank_rows, rank_rows
+from ._window import CacheRoom, fitting_window, unfitting
+from .dataset import TokenDataset
+from .mixed_order import MIXTURE_VERSION, MixedOrder, SampleIds
+from .mixture import Mixture
+from .order import ENDLESS, ORDER_VERSION, OrderV1, Shuffle, SkipRanges, Window, consecutive_rank_rows, rank_rows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Batch", "LoaderStats", "RowOrigin", "Samples", "TokenLoader"]
+__all__ = ["Batch", "LoaderStats", "RowOrigin", "Samples", "SourceStats", "TokenLoader"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +49,11 @@ _PLACE = "TokenLoader"
 # Order and places are computed for this many rows in one call, and for 64 batches at least. Between two batches such a
 # call costs 0.5 ms plus 0.1 ms per 1,024 rows: measured per batch of 16, 7 us at 1,024 rows, 2.5 at 8,192, 2.1 at 16,384.
 _ROWS_PER_CALL = 8192
+_DEFAULT_WINDOWS = (1, 2, 4)  # blocks a lane: what a small cache leaves of the default
 _BATCHES_PER_CALL = 64
+_MOST_CALLS = 8  # of so many rows at once, where several sources share them: each has an order of its own to compute
 _POSITIONS_PER_CALL = 1 << 20  # a call around skipped positions lists those of all ranks
 _WAITS_KEPT = 4096
-_ENDLESS = 2**62
 
 
 class Samples(Protocol):
@@ -75,54 +85,6 @@ class Samples(Protocol):
     def explain(self, sample: int) -> Sequence[Any]: ...
 
 
-class LoaderStats(NamedTuple):
-    """A snapshot of one loader on one rank, counted since it was made, restores included.
-
-    Attributes:
-        batches, rows, tokens: delivered by this rank; a token is one of input_ids.
-        wait_s: seconds that the trainer spent inside ``next``: the exposed cost of loading.
-        wait_p50_ms, wait_p99_ms: of one ``next``, over the last 4,096; 0 before the first.
-        fresh_buffers: batches that got new memory because older ones were still alive.
-        position: the stream's position over all epochs, of all ranks together. epoch: the one it lies in.
-        skipped_rows: positions jumped over by `skip` in the current run of epochs, all ranks together.
-        dropped_rows: rows at the ends of finished runs that did not fill a global batch, all ranks together.
-        trained_tokens: delivered by this rank with a label. padded_tokens: that are padding. The rest of `tokens` has
-            no label because it stands at the border of a document.
-    """
-
-    batches: int
-    rows: int
-    tokens: int
-    wait_s: float
-    wait_p50_ms: float
-    wait_p99_ms: float
-    fresh_buffers: int
-    position: int
-    epoch: int
-    skipped_rows: int
-    dropped_rows: int
-    trained_tokens: int
-    padded_tokens: int
-
-
-class RowOrigin(NamedTuple):
-    """Where one row of a global step came from.
-
-    Attributes:
-        position: in the stream, over all epochs. epoch: of that position.
-        rank: that got the row. row: its number in the rank's batch.
-        sample: number in the source.
-        spans: what the source says of it; for a token data set its (shard, document, token range) pieces in order.
-    """
-
-    position: int
-    epoch: int
-    rank: int
-    row: int
-    sample: int
-    spans: tuple[Any, ...]
-
-
 # Guarantees: one consumer thread at a time calls next, load_state_dict and close; state_dict and stats may be called
 # from any thread and see the stream between two batches.
 class TokenLoader(IterableDataset[Batch]):
@@ -151,20 +113,29 @@ class TokenLoader(IterableDataset[Batch]):
     **Memory.** A batch belongs to the caller for as long as any reference to its memory is alive, views included; only
     then is it used again. ``list(loader)`` is right.
 
-    **Other loops.** In a stock ``DataLoader`` pass ``batch_size=None`` and no workers. In a worker process the loader
-    refuses to run: each worker would deliver the same rows.
+    **Other loops.** ``DataLoader(loader, batch_size=None)`` delivers the same batches, with any number of workers and
+    any way to start them: worker `k` of `n` makes steps `k`, `k + n`, and so on. Then this object does not know how many
+    the trainer got, so that :meth:`state_dict` refuses: save a ``StatefulDataLoader``'s state, which resumes with the
+    same number of workers, or :meth:`state_from` it, which resumes anywhere. Workers that don't persist start each
+    iteration where this object stands: :meth:`set_epoch` moves it on, as with torch's ``DistributedSampler``.
+
+    A batch of a mixture has ``source`` too, int64 ``(batch_size,)``: the number of each row's source in its `names`;
+    ``doc_ids`` then count the documents of that source.
 
     Args:
-        source: a :class:`~stoker.loaders.TokenDataset`; stays open when the loader closes.
+        source: a :class:`~stoker.loaders.TokenDataset` or a :class:`~stoker.loaders.Mixture` of several; stays open when
+            the loader closes.
         batch_size: rows per rank and step.
         seed: of the order, 0 to 2^63 - 1.
         shuffle: ``"window"``, or a :class:`~stoker.loaders.order.Window` with other settings; ``"full"``: one shuffle
-            of all samples, for which every node reads every block; ``"none"``: the order of the data set.
+            of all samples, for which every node reads every block; ``"none"``: the order of the data set. Windows over
+            remote data must fit into the cache: where the default does not, and all ranks are on one node, it is made
+            smaller with a warning, and what does not fit then is refused. A restored loader keeps its state's window.
         rank, world_size: of the data-parallel group; give both or neither (0 of 1). Ranks that must see the same rows
             (tensor, pipeline, context parallel) pass the same rank.
         mesh: instead of both, a ``DeviceMesh``: its dimensions named "dp", "dp_replicate" and "dp_shard", or its only
             one if it is not named.
-        epochs: length of a run; None never ends.
+        epochs: length of a run; None never ends. What that means for a mixture, its `stop` says.
         device: where batches go; None or "cpu" is host memory. On an accelerator the buffers are pinned and the copy
             does not block; ``position`` stays in host memory.
         skip: ranges ``(start, end)`` of stream positions to jump over, end exclusive, the same on every rank. Those of
@@ -204,7 +175,7 @@ class TokenLoader(IterableDataset[Batch]):
 
     def __init__(
         self,
-        source: Samples,
+        source: "Samples | Mixture",
         *,
         batch_size: int,
         seed: int = 0,
@@ -240,23 +211,30 @@ class TokenLoader(IterableDataset[Batch]):
         self.rank, self.world_size = place_in_group(rank, world_size, mesh)
         self.epochs = epochs
         self.device = usable_device(device)
-        window = shuffle if isinstance(shuffle, Window) else Window()
-        self.order = OrderV1(
-            num_samples=len(source),
-            seed=seed,
-            samples_per_block=source.samples_per_block,
-            lanes=window.lanes,
-            window_blocks=window.blocks,
-            shuffle="window" if isinstance(shuffle, Window) else shuffle,
-        )
+        self._default_window = shuffle == "window"
+        window = Window()
+        if self._default_window or isinstance(shuffle, Window):
+            given = shuffle if isinstance(shuffle, Window) else None
+            window = fitting_window(self._cache_rooms(), given=given, world_size=self.world_size, place=_PLACE)
+        kind: Shuffle = "window" if isinstance(shuffle, Window) else shuffle
+        self.order = self._order_of(seed, kind, window)
+        if isinstance(source, Mixture):
+            self._rows_per_call = _ROWS_PER_CALL * min(len(source.names), _MOST_CALLS)
+            self._tally: SourceTally | None = SourceTally(len(source.names))
+        else:
+            self._rows_per_call, self._tally = _ROWS_PER_CALL, None
         self._global_batch = batch_size * self.world_size
         self._skip = SkipRanges(skip)
         self._prefetch_blocks = prefetch_blocks
         self._cu_seqlens_size = cu_seqlens_size
         self._position = 0  # everything before it is delivered, skipped or dropped
-        self._run_start = 0
+        self._run_start, self._run_end = 0, self.order.run_end(0, epochs)
         self._ended = False  # StopIteration was raised and no iter() came after it
         self._closed = False
+        self._worker: WorkerPart | None = None  # in a worker of a DataLoader: which steps are its own
+        self._in_workers = mmap.mmap(-1, 1)  # shared with forked workers: 1 once one of them iterates over this loader
+        self._next_position: int | None = None  # of the first step that is not prepared, once one is
+        self._others_steps = 0  # in a worker: steps from there to its next own one
         self._buffers: HostBuffers | DeviceBuffers | None = None
         self._padded = self._untrained = 0
         self._batches = self._dropped = self._wait_ns = self._counted_batches = self._counted_wait_ns = 0
@@ -265,17 +243,47 @@ class TokenLoader(IterableDataset[Batch]):
         self._at = self._planned = self._steps_behind = 0
         self._plan: Any = None
         self._rows: list[NDArray[np.int64]] = []  # positions of this rank's rows, one array for each step
+        self._row_sources = np.empty(0, np.int64)  # in a mixture, the source of each row
         self._ends: Sequence[int] = ()  # self._position after each step
         self._upcoming: deque[tuple[NDArray[np.int64], NDArray[np.int64], Sequence[int]]] = deque()
         self._lookahead: Lookahead | None = None
+        self._ahead: ReadAhead | None = None
         self._forget_plan()
-        if epochs is not None and len(self) == 0:
+        if self._live_rows(0, self._run_end) < self._global_batch:
             raise ConfigError(
                 f"a run must have the batch_size * world_size = {self._global_batch} rows of a step at least",
                 value=self._live_rows(0, self._run_end),
                 place=_PLACE,
-                hint="use a smaller batch or more epochs",
+                hint="use a smaller batch or more epochs"
+                + ("; the first source to be exhausted ends a run" if self._tally is not None else ""),
             )
+
+    def _order_of(self, seed: int, shuffle: Shuffle, window: Window) -> OrderV1 | MixedOrder:
+        if isinstance(self.source, Mixture):
+            return self.source.order(seed=seed, shuffle=shuffle, window=window)
+        return OrderV1(
+            num_samples=len(self.source),
+            seed=seed,
+            samples_per_block=self.source.samples_per_block,
+            lanes=window.lanes,
+            window_blocks=window.blocks,
+            shuffle=shuffle,
+        )
+
+    def _cache_rooms(self) -> list[CacheRoom]:
+        sources = self.source.sources if isinstance(self.source, Mixture) else (self.source,)
+        rooms = [source.cache_room() for source in sources if isinstance(source, TokenDataset)]
+        return [room for room in rooms if room is not None]
+
+    def _take_window_of(self, state: LoaderState) -> None:
+        """A state keeps its window, which may have been another default where it was taken."""
+        order = self.order
+        if self._default_window and state.window_blocks in _DEFAULT_WINDOWS:
+            window = Window(lanes=order.lanes, blocks=state.window_blocks)
+            if window.blocks != order.window_blocks:
+                self.order, self._ahead = self._order_of(order.seed, order.shuffle, window), None
+            if told := unfitting(self._cache_rooms(), window):
+                logger.warning("%s: the windows of this stream are too large for the cache (%s)", _PLACE, told)
 
     # -- the stream ---------------------------------------------------------------------------------------------------
 
@@ -286,26 +294,60 @@ class TokenLoader(IterableDataset[Batch]):
 
     @property
     def epoch(self) -> int:
-        """Whole epochs behind :attr:`position`."""
-        return self._position // self.order.num_samples
-
-    @property
-    def _run_end(self) -> int:
-        return _ENDLESS if self.epochs is None else self._run_start + self.epochs * self.order.num_samples
+        """Whole epochs behind :attr:`position`; of a mixture, of the source that was read least of those that stay in it."""
+        return self.order.epoch(self._position)
 
     def _live_rows(self, start: int, end: int) -> int:
         return self._skip.live_before(end) - self._skip.live_before(start)
 
     def __len__(self) -> int:
         """Steps of the whole current run, also in its middle; TypeError for a loader without an end."""
-        if self.epochs is None:
-            raise TypeError("a TokenLoader with epochs=None has no length")  # the protocol of len(), as in torch
+        if self._run_end >= ENDLESS:
+            why = "epochs=None" if self.epochs is None else "a mixture that never stops"
+            raise TypeError(f"a TokenLoader with {why} has no length")  # the protocol of len(), as in torch
         return self._live_rows(self._run_start, self._run_end) // self._global_batch
+
+    @property
+    def remaining(self) -> int | None:
+        """Steps that the current run still delivers; None for a loader without an end."""
+        if self._run_end >= ENDLESS:
+            return None
+        return max(0, self._live_rows(self._position, self._run_end) // self._global_batch)
+
+    def jump(self, steps: int) -> None:
+        """Go on `steps` steps later in the current run, as if those had been delivered; nothing is read.
+
+        Raises:
+            ConfigError: the run has fewer steps left.
+        """
+        remaining = self.remaining
+        if steps < 0 or (remaining is not None and steps > remaining):
+            raise ConfigError(
+                "steps must be >= 0" if steps < 0 else f"the run has {remaining} steps left", value=steps, place=_PLACE
+            )
+        if steps:
+            self._forget_plan()
+            self._position = self._skip.position_of(self._skip.live_before(self._position) + steps * self._global_batch)
 
     def __iter__(self) -> Self:
         self._require_usable()
+        info = get_worker_info()
+        if info is not None and self._worker is None:
+            self._become_worker(info.id, info.num_workers)
         self._ended = False
         return self
+
+    def _become_worker(self, number: int, workers: int) -> None:
+        if self.device is not None:
+            raise UnsupportedError(
+                "in the workers of a DataLoader batches are made in host memory",
+                value=f"device {self.device}",
+                place=_PLACE,
+                hint="TokenLoader(device=None) and DataLoader(pin_memory=True)",
+            )
+        self._in_workers[0] = 1
+        self._worker = WorkerPart(number=number, workers=workers, base=self._position)
+        self._forget_plan()
 
     def __next__(self) -> Batch:
         began = perf_counter_ns()
@@ -319,14 +361,17 @@ class TokenLoader(IterableDataset[Batch]):
         assert buffers is not None
         arrays = buffers.take()
         first = at * self.batch_size
+        sources = None if self._tally is None else self._row_sources[first : first + self.batch_size]
         batch: Batch
         if self._documents:
-            batch = self._gather_documents(buffers, DocumentRows(*arrays), first)
+            batch = self._gather_documents(buffers, DocumentRows(*arrays), first, sources)
         else:
             self.source.gather_planned(self._plan, first, first + self.batch_size, arrays[0], arrays[1])
             input_ids, labels = buffers.deliver(arrays)
             batch = {"input_ids": input_ids, "labels": labels}
         batch["position"] = torch.from_numpy(self._rows[at])
+        if sources is not None:
+            batch["source"] = torch.from_numpy(sources)
         self._at = at + 1
         self._position = self._ends[at]
         self._batches += 1
@@ -335,7 +380,9 @@ class TokenLoader(IterableDataset[Batch]):
         self._waits_ns.append(waited)
         return batch
 
-    def _gather_documents(self, buffers: HostBuffers | DeviceBuffers, rows: DocumentRows, first: int) -> Batch:
+    def _gather_documents(
+        self, buffers: HostBuffers | DeviceBuffers, rows: DocumentRows, first: int, sources: NDArray[np.int64] | None
+    ) -> Batch:
         borders = self.source.gather_documents(self._plan, first, first + self.batch_size, rows)
         ends, longest = borders.cu_seqlens, borders.max_seqlen
         if self._cu_seqlens_size is not None:
@@ -348,8 +395,10 @@ class TokenLoader(IterableDataset[Batch]):
                 )
             ends = np.pad(ends, (0, self._cu_seqlens_size - len(ends)), mode="edge")
             longest = self.source.seq_len
-        self._untrained += rows.loss_mask.size - int(np.count_nonzero(rows.loss_mask))
-        self._padded += borders.padded_tokens
+        self._untrained += int(borders.unlabelled.sum())
+        self._padded += int(borders.padded.sum())
+        if self._tally is not None and sources is not None:
+            self._tally.add_documents(sources, borders)
         batch: Batch = dict(zip(DocumentRows._fields, buffers.deliver(rows), strict=True))
         batch["cu_seqlens"] = torch.from_numpy(ends).to(self.device or "cpu")
         batch["max_seqlen"] = longest
@@ -368,30 +417,45 @@ class TokenLoader(IterableDataset[Batch]):
                 HostBuffers(shape, dtypes) if self.device is None else DeviceBuffers(shape, dtypes, self.device)
             )
         if not self._upcoming:
-            self._prepare(self._position)
+            self._prepare()
         if not self._upcoming:
-            self._dropped += self._live_rows(self._position, self._run_end)
-            self._position = self._run_start = self._run_end
-            self._forget_plan()
-            self._ended = True
+            self._end_run()
+            if self._worker is not None:
+                self._worker = self._worker._replace(base=self._position)
             raise StopIteration
         positions, samples, ends = self._upcoming[0]
-        self._plan = self.source.plan(samples)  # if it raises, these steps are still upcoming
+        plan = self.source.plan(samples)  # if it raises, these steps are still upcoming
         self._upcoming.popleft()
+        if self._tally is not None:
+            self._tally.rows += self._tally.of(self._row_sources[: self._at * self.batch_size])
+            self._row_sources = SampleIds.sources(samples)
+        self._plan = plan
         self._rows, self._ends = list(positions), ends
         self._steps_behind += self._planned
         self._at, self._planned = 0, len(self._rows)
         if self._lookahead is not None:
             if not self._upcoming:
-                self._prepare(self._ends[-1])
+                self._prepare()
+            if self._ahead is not None:
+                # A run of one epoch may be one of many; what comes after more than one is not known to be read.
+                end = self._run_end if self.epochs is not None and self.epochs > 1 else ENDLESS
+                self._ahead.plan_from(self._position, row=self._steps_behind * self.batch_size, end=end)
             self._lookahead.advance(self._steps_behind * self.batch_size)
 
-    def _prepare(self, position: int) -> None:
-        """Append positions, samples and ends of the steps from `position` on, unless the run has none left."""
-        steps = self._live_rows(position, self._run_end) // self._global_batch
-        if steps == 0:
-            return
-        steps = min(steps, max(_BATCHES_PER_CALL, _ROWS_PER_CALL // self.batch_size))
+    def _prepare(self) -> None:
+        """Append positions, samples and ends of the next own steps, unless the run has none left."""
+        if self._next_position is None:
+            self._next_position = self._position
+            self._others_steps = 0 if self._worker is None else self._worker.others_steps(self._position)
+        prepared = len(self._upcoming)
+        while len(self._upcoming) == prepared:  # a stretch may hold only steps of others
+            steps = self._live_rows(self._next_position, self._run_end) // self._global_batch
+            if steps <= 0:  # below 0 where a state stands behind the end of a shorter run
+                return
+            self._prepare_stretch(self._next_position, steps)
+
+    def _prepare_stretch(self, position: int, steps: int) -> None:
+        steps = min(steps, max(_BATCHES_PER_CALL, self._rows_per_call // self.batch_size))
         start = self._skip.position_of(self._skip.live_before(position))
         skip = self._skip.next_skip(start)
         whole = steps if skip is None else min(steps, (skip - start) // self._global_batch)
@@ -404,57 +468,146 @@ class TokenLoader(IterableDataset[Batch]):
             live = self._skip.live_positions(start, steps * self._global_batch).reshape(steps, -1)
             rows = rank_rows(live, **split)
             ends = (live[:, -1] + 1).tolist()
+        self._next_position = ends[-1]
+        if self._worker is not None:
+            own = slice(self._others_steps, None, self._worker.workers)
+            self._others_steps += self._worker.workers * len(rows[own]) - len(rows)
+            rows, ends = rows[own], ends[own]
+            if not len(rows):
+                return
         samples = self.order(rows).ravel()
         self._upcoming.append((rows, samples, ends))
         if self._lookahead is not None:
             self._lookahead.extend(samples)
 
+    def _end_run(self) -> None:
+        dropped = max(0, self._live_rows(self._position, self._run_end))
+        self._dropped += dropped
+        if self._tally is not None and isinstance(self.order, MixedOrder):
+            positions = self._skip.live_positions(self._position, dropped)
+            self._tally.dropped += self._tally.of(self.order.locate(positions)[0])
+        self._start_run(max(self._position, self._run_end))
+        self._forget_plan()
+        self._ended = True
+
+    def _start_run(self, position: int) -> None:
+        self._position = self._run_start = position
+        self._run_end = self.order.run_end(position, self.epochs)
+
     def _forget_plan(self) -> None:
+        if self._tally is not None:
+            self._tally.rows += self._tally.of(self._row_sources[: self._at * self.batch_size])
+            self._row_sources = np.empty(0, np.int64)
         self._at = self._planned = self._steps_behind = 0
         self._plan, self._rows, self._ends = None, [], ()
         self._upcoming = deque()
+        self._next_position = None
         self._lookahead = None
+        if self._ahead is not None:
+            self._ahead.forget()
         if not self.source.is_local:
+            if self._ahead is None:
+                self._ahead = ReadAhead(
+                    self.source,
+                    self.order,
+                    rank=self.rank,
+                    world_size=self.world_size,
+                    global_batch=self._global_batch,
+                )
             self._lookahead = Lookahead(
-                self.source,
+                self._ahead,
                 samples_per_block=self.order.samples_per_block,
                 max_blocks=self._prefetch_blocks,
                 batch_size=self.batch_size,
+                open_blocks=self._open_blocks(),
             )
+
+    def _open_blocks(self) -> int:
+        """Order blocks that the shuffle has open at once; all of a small data set if it has no windows."""
+        sources = len(self.source.names) if isinstance(self.source, Mixture) else 1
+        return 2048 if self.order.shuffle == "full" else self.order.lanes * self.order.window_blocks * sources
 
     def _require_usable(self) -> None:
         if self._closed:
             raise ConfigError("the loader is closed", place=_PLACE)
-        worker = get_worker_info()
-        if worker is not None:
-            raise UnsupportedError(
-                "a loader runs in the trainer's process, not in the workers of a DataLoader",
-                value=f"worker {worker.id} of {worker.num_workers}",
-                place=_PLACE,
-                hint="iterate over the loader itself, or use DataLoader(loader, batch_size=None, num_workers=0)",
-            )
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, in plain values that JSON holds: a few hundred bytes, the same on every rank."""
-        return self._state().to_dict()
+        """Where the stream stands, in plain values that JSON holds: a few hundred bytes, the same on every rank.
 
-    def _state(self) -> LoaderState:
-        order = self.order
+        Raises:
+            UnsupportedError: worker processes of a ``DataLoader`` deliver this loader's batches, and only the trainer's
+                side knows how many it got.
+        """
+        if self._worker is None and self._in_workers[0]:
+            raise UnsupportedError(
+                "a loader whose batches come from workers of a DataLoader does not know how many the trainer got",
+                place=_PLACE,
+                hint="save TokenLoader.state_from(dataloader.state_dict()) of a StatefulDataLoader",
+            )
+        record = self._state(self._position, self._run_start).to_dict()
+        if self._worker is not None:
+            segments = self._state(self._run_end, self._run_start).content.get("segments")
+            record = self._worker.mark(record, run_end=self._run_end, segments=segments)
+        return record
+
+    @staticmethod
+    def state_from(state: Mapping[str, Any], delivered: int | None = None) -> dict[str, Any]:
+        """The state of a loader from that of a ``StatefulDataLoader`` around it: resumes any topology and any loop.
+
+        Args:
+            state: what ``StatefulDataLoader.state_dict()`` returned, with any number of workers; or a loader's own.
+            delivered: batches that the trainer took in this iteration, if it is not what the ``StatefulDataLoader``
+                handed out: some loops fetch one ahead. With a loader's own state, those that it took since then.
+
+        Raises:
+            StateMismatch: there is no loader's state in it, or no place in the stream is so many batches from it.
+        """
+        return state_after(state, delivered).to_dict()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of run `epoch`, counted from 0, unless the stream is there or further; it never goes back.
+
+        Loops call it before each iteration, as they do with torch's ``DistributedSampler``. It matters only where
+        worker processes that don't persist deliver the batches. A loader without an end stays where it is.
+        """
+        start = 0
+        for _ in range(epoch):
+            start = self.order.run_end(start, self.epochs)
+        if self._position < start < ENDLESS:
+            self._forget_plan()
+            self._start_run(start)
+            self._ended = False
+            self._in_workers[0] = 0
+
+    def _state(self, position: int, run_start: int) -> LoaderState:
+        order, source = self.order, self.source
+        content: dict[str, Any]
+        if isinstance(order, MixedOrder):
+            assert isinstance(source, Mixture)
+            content = {
+                "mixture_version": MIXTURE_VERSION,
+                "sources": source.content(),
+                "segments": [list(segment) for segment in order.segments_before(position)],
+            }
+        else:
+            content = {
+                "fingerprint": source.fingerprint,
+                "packing": source.packing,
+                "num_samples": order.num_samples,
+                "samples_per_block": order.samples_per_block,
+            }
         return LoaderState(
-            fingerprint=self.source.fingerprint,
-            packing=self.source.packing,
-            seq_len=self.source.seq_len,
-            num_samples=order.num_samples,
+            content=content,
+            seq_len=source.seq_len,
             order_version=ORDER_VERSION,
             seed=order.seed,
             shuffle=order.shuffle,
-            samples_per_block=order.samples_per_block,
             lanes=order.lanes,
             window_blocks=order.window_blocks,
-            position=self._position,
-            run_start=self._run_start,
+            position=position,
+            run_start=run_start,
             skip=self._skip.ranges,
             global_batch=self._global_batch,
         )
@@ -470,10 +623,31 @@ class TokenLoader(IterableDataset[Batch]):
             UnknownVersion: written by a newer version.
         """
         state = LoaderState.from_dict(state_dict)
-        state.require_same_stream(self._state())
-        self._skip = SkipRanges([*state.skip, *self._skip.ranges])
-        self._position, self._run_start, self._ended = state.position, state.run_start, False
+        order, ahead = self.order, self._ahead
+        self._take_window_of(state)
+        try:
+            state.require_same_stream(self._state(state.position, state.run_start))
+        except StateMismatch:
+            self.order, self._ahead = order, ahead
+            raise
+        if ahead is not None and ahead is not self._ahead:
+            ahead.close()
+        part = WorkerPart.of(state_dict)
+        if part is not None and (self._worker is None or part[:2] != self._worker[:2]):
+            raise StateMismatch(
+                "the state of a worker must come back to the same worker of as many",
+                value=f"worker {part.number} of {part.workers}",
+                place=_PLACE,
+                hint="keep num_workers, or load TokenLoader.state_from(the state of the StatefulDataLoader)",
+            )
+        if self._worker is not None:
+            self._worker = part or self._worker._replace(base=state.position)
+        self._in_workers[0] = 0
         self._forget_plan()
+        self._skip = SkipRanges([*state.skip, *self._skip.ranges])
+        if state.run_start != self._run_start:
+            self._start_run(state.run_start)
+        self._position, self._ended = state.position, False
         if state.global_batch != self._global_batch:
             logger.info(
                 "the global batch was %d when the state was taken and is %d now: the stream goes on at position %d",
@@ -502,6 +676,18 @@ class TokenLoader(IterableDataset[Batch]):
             dropped_rows=self._dropped,
             trained_tokens=rows * self.source.seq_len - self._untrained,
             padded_tokens=self._padded,
+            sources=self._source_stats(),
+            slack_s=None if self._ahead is None else self._ahead.slack_s(),
+        )
+
+    def _source_stats(self) -> dict[str, SourceStats]:
+        if self._tally is None or not isinstance(self.order, MixedOrder):
+            return {}
+        return self._tally.stats(
+            self.order,
+            position=self._position,
+            planned=self._row_sources[: self._at * self.batch_size],
+            seq_len=self.source.seq_len,
         )
 
     def explain(self, step: int) -> list[RowOrigin]:
@@ -511,42 +697,35 @@ class TokenLoader(IterableDataset[Batch]):
         batch size, world size, `epochs` or `skip` than this one has now.
 
         Raises:
-            ConfigError: a negative step.
+            ConfigError: a negative step, or one after the end of a mixture all of whose sources have caps.
         """
         if step < 0:
             raise ConfigError("step must be >= 0", value=step, place=_PLACE)
-        positions = self._skip.live_positions(self._start_of_step(step), self._global_batch)
-        samples = dict(zip(positions.tolist(), self.order(positions).tolist(), strict=True))
-        origins = []
-        for rank in range(self.world_size):
-            rows = rank_rows(positions, lanes=self.order.lanes, world_size=self.world_size, rank=rank)
-            for row, position in enumerate(rows.tolist()):
-                origins.append(
-                    RowOrigin(
-                        position=position,
-                        epoch=position // self.order.num_samples,
-                        rank=rank,
-                        row=row,
-                        sample=samples[position],
-                        spans=tuple(self.source.explain(samples[position])),
-                    )
-                )
-        return sorted(origins)
+        start = self._start_of_step(step)
+        positions = self._skip.live_positions(start, self._global_batch)
+        if isinstance(self.order, MixedOrder) and int(positions[-1]) >= self.order.end:
+            raise ConfigError(
+                f"the stream ends before position {self.order.end}, where all sources have reached their caps",
+                value=f"step {step}",
+                place=_PLACE,
+            )
+        return origins_of(positions, self.order, self.source, world_size=self.world_size)
 
     def _start_of_step(self, step: int) -> int:
         """The first live position of a step, counted from the start of the stream."""
         start = 0
         if self.epochs is not None:
-            run_rows = self.epochs * self.order.num_samples
             last_skip = self._skip.ranges[-1][1] if self._skip.ranges else 0
-            while start < last_skip:  # runs with a skip may be shorter, one by one
-                steps = self._live_rows(start, start + run_rows) // self._global_batch
-                if step < steps:
+            while True:
+                end = self.order.run_end(start, self.epochs)
+                if isinstance(self.order, OrderV1) and start >= last_skip:  # all further runs are equal
+                    runs, step = divmod(step, (end - start) // self._global_batch)
+                    start += runs * (end - start)
                     break
-                step, start = step - steps, start + run_rows
-            else:
-                runs, step = divmod(step, run_rows // self._global_batch)
-                start += runs * run_rows
+                steps = self._live_rows(start, end) // self._global_batch
+                if step < steps or end == start:
+                    break
+                step, start = step - steps, end
         return self._skip.position_of(self._skip.live_before(start) + step * self._global_batch)
 
     def _count(self) -> None:
@@ -565,6 +744,8 @@ class TokenLoader(IterableDataset[Batch]):
         if not self._closed:
             self._count()
             self._forget_plan()
+            if self._ahead is not None:
+                self._ahead.close()
             self._buffers = None
             self._closed = True
 
@@ -575,14 +756,18 @@ class TokenLoader(IterableDataset[Batch]):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        # To a spawned worker goes what it needs to refuse its work in one clear sentence; no memory, no plan.
+        # To a spawned worker goes what it needs to find its place; no memory, no plan.
+        if get_spawning_popen() is not None:
+            self._in_workers[0] = 1
         state = self.__dict__.copy()
-        for name in ("_buffers", "_plan", "_lookahead", "_rows", "_ends", "_upcoming"):
+        del state["_in_workers"]
+        for name in ("_buffers", "_plan", "_lookahead", "_ahead", "_rows", "_ends", "_upcoming"):
             state[name] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._in_workers = mmap.mmap(-1, 1)
         self._forget_plan()
 
 

@@ -15,7 +15,7 @@ The order is a file format: loader states refer to it by :data:`ORDER_VERSION`, 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal, TypeAlias, get_args
@@ -26,18 +26,23 @@ import numpy.typing as npt
 from ..errors import ConfigError
 
 __all__ = [
+    "ENDLESS",
     "ORDER_VERSION",
     "OrderV1",
     "Shuffle",
     "SkipRanges",
     "Window",
     "consecutive_rank_rows",
+    "key_of",
     "permute",
     "rank_rows",
 ]
 
 ORDER_VERSION = 1
 """Stored in every loader state. A change of any sample id at any position needs a new number and a new class."""
+
+ENDLESS = 2**62
+"""The end of a stream that has none."""
 
 Shuffle: TypeAlias = Literal["none", "window", "full"]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -67,7 +72,7 @@ def _mix(x: UInt64Array) -> UInt64Array:
     return out
 
 
-def _key(seed: int, purpose: int, *parts: UInt64Array) -> UInt64Array:
+def key_of(seed: int, purpose: int, *parts: UInt64Array) -> UInt64Array:
     """A 64-bit key for each element of the broadcast `parts`; shape (1,) where there are none."""
     key = _mix(np.array([seed], dtype=np.uint64) + _GAMMA)
     for part in (np.array([purpose], dtype=np.uint64), *parts):
@@ -190,6 +195,75 @@ class OrderV1:
         """Samples of an epoch that come in lanes; the others follow them in one shuffle of their own."""
         return self.blocks_per_lane * self.samples_per_block * self.lanes
 
+    def run_end(self, start: int, epochs: int | None) -> int:
+        """Where a run of `epochs` epochs ends that starts at `start`; None never ends."""
+        return ENDLESS if epochs is None else start + epochs * self.num_samples
+
+    def epoch(self, position: int) -> int:
+        """Whole epochs before `position`."""
+        return position // self.num_samples
+
+    @property
+    def block_span(self) -> int:
+        """How many positions the reading of a block takes: those of a window of all lanes, or of one block."""
+        if self.shuffle == "none":
+            return self.samples_per_block
+        return min(self.num_samples, self.window_blocks * self.samples_per_block * self.lanes)
+
+    def blocks_between(self, start: int, end: int, *, lanes: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """The blocks that come up first in positions ``[start, end)``, and where: ``(positions, blocks)``, ascending.
+
+        A block is a number of `samples_per_block` samples from the first on; the last may be short. Costs as much as
+        there are blocks. Only those of `lanes`, and those that are in no lane; ``shuffle="full"`` has none, because
+        every block comes up all the time. A block of which the window is cut in two by the ends of an epoch comes up
+        twice.
+        """
+        parts: list[tuple[Int64Array, Int64Array]] = []
+        size = self.num_samples
+        for epoch in range(start // size, -(-end // size)):
+            first, last = max(start - epoch * size, 0), min(end - epoch * size, size)
+            parts += [(at + epoch * size, blocks) for at, blocks in self._epoch_blocks(epoch, first, last, lanes)]
+        if not parts:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        positions, blocks = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        inside = np.flatnonzero((positions >= start) & (positions < end))
+        inside = inside[np.argsort(positions[inside], kind="stable")]
+        return positions[inside], blocks[inside]
+
+    def _epoch_blocks(
+        self, epoch: int, first: int, last: int, lanes: Int64Array
+    ) -> Iterator[tuple[Int64Array, Int64Array]]:
+        """Blocks that come up in places [first, last) of an epoch, and where; some others beside them."""
+        if self.shuffle == "full":
+            return
+        if self.shuffle == "none":
+            numbers = np.arange(first // self.samples_per_block, -(-last // self.samples_per_block))
+            yield numbers * self.samples_per_block, numbers
+            return
+        window, lane_steps = self.window_blocks * self.samples_per_block, self.blocks_per_lane * self.samples_per_block
+        if first < self.lane_samples and lanes.size:
+            # Lane l starts l/L of a window ahead, in the middle of window 0, and comes back to its beginning at the end.
+            turns = np.arange(first // self.lanes // window, min(last // self.lanes, lane_steps) // window + 2)
+            lane, turn = (grid.ravel() for grid in np.meshgrid(lanes, turns, indexing="ij"))
+            step = np.maximum(0, turn * window - lane * window // self.lanes)
+            lane, turn, step = (values[step < lane_steps] for values in (lane, turn, step))
+            windows = turn % (self.blocks_per_lane // self.window_blocks)
+            turns_of_window = (windows[:, None] * self.window_blocks + np.arange(self.window_blocks)).ravel()
+            of_lane = np.repeat(lane, self.window_blocks).astype(np.uint64)
+            keys = key_of(self.seed, _BLOCKS_OF_LANE, np.array([epoch], np.uint64), of_lane)
+            block = permute(keys, turns_of_window.astype(np.uint64), self.blocks_per_lane)
+            dealt = self._dealt(block * _U(self.lanes) + of_lane).astype(np.int64)
+            place = (
+                step * self.lanes + (lane - epoch * self.num_samples) % self.lanes
+            )  # a lane is a position's, not a place's
+            yield np.repeat(place, self.window_blocks), dealt
+        if last > self.lane_samples:
+            whole = self.num_samples // self.samples_per_block
+            rest = self._dealt(np.arange(self.blocks_per_lane * self.lanes, whole, dtype=np.uint64)).astype(np.int64)
+            if self.num_samples % self.samples_per_block:
+                rest = np.append(rest, whole)
+            yield np.full(len(rest), self.lane_samples), rest
+
     def __call__(self, positions: npt.NDArray[Any]) -> Int64Array:
         """The sample at each position, int64 in the shape of `positions`.
 
@@ -211,7 +285,7 @@ class OrderV1:
             if epoch[0] == epoch[-1] and (epoch == epoch[0]).all():
                 epoch = epoch[:1]  # keys of one epoch are made once for the call
             if self.shuffle == "full":
-                samples = permute(_key(self.seed, _FULL, epoch), within, self.num_samples)
+                samples = permute(key_of(self.seed, _FULL, epoch), within, self.num_samples)
             else:
                 samples = self._windowed(flat, epoch, within)
         return samples.astype(np.int64).reshape(positions.shape)
@@ -239,16 +313,16 @@ class OrderV1:
         step += lane * _U(window) // _U(self.lanes)
         _, step = _divmod(step, self.blocks_per_lane * self.samples_per_block)
         number, row = _divmod(step, window)
-        row = permute(_key(self.seed, _ROWS_OF_WINDOW, epoch, number, lane), row, window)
+        row = permute(key_of(self.seed, _ROWS_OF_WINDOW, epoch, number, lane), row, window)
         turn, row = _divmod(row, self.samples_per_block)
         turn += number * _U(self.window_blocks)
-        block = permute(_key(self.seed, _BLOCKS_OF_LANE, epoch, lane), turn, self.blocks_per_lane)
+        block = permute(key_of(self.seed, _BLOCKS_OF_LANE, epoch, lane), turn, self.blocks_per_lane)
         return self._dealt(block * _U(self.lanes) + lane) * _U(self.samples_per_block) + row
 
     def _from_rest(self, epoch: UInt64Array, within: UInt64Array) -> UInt64Array:
         first = self.lane_samples
         whole_blocks = self.num_samples // self.samples_per_block
-        y = permute(_key(self.seed, _REST, epoch), within - _U(first), self.num_samples - first)
+        y = permute(key_of(self.seed, _REST, epoch), within - _U(first), self.num_samples - first)
         if whole_blocks == 0:
             return y
         card, row = _divmod(y, self.samples_per_block)
@@ -259,7 +333,7 @@ class OrderV1:
 
     def _dealt(self, card: UInt64Array) -> UInt64Array:
         """The block that the deal puts at `card`: by the seed alone, so that a lane has the same blocks every epoch."""
-        return permute(_key(self.seed, _DEAL), card, self.num_samples // self.samples_per_block)
+        return permute(key_of(self.seed, _DEAL), card, self.num_samples // self.samples_per_block)
 
 
 def _require(holds: bool, rule: str, value: object) -> None:
@@ -319,7 +393,7 @@ class Window:
         lanes: parallel streams that the blocks are dealt to. Nodes keep to their own blocks if their number divides
             gcd(lanes, global batch).
         blocks: order blocks of one lane that are shuffled together, a power of two. All windows of a run together hold
-            ``lanes * blocks`` blocks, which should fit into a quarter of the RAM tier.
+            ``lanes * blocks`` blocks, which must fit into a quarter of the cache's largest tier where data is remote.
     """
 
     lanes: int = 48

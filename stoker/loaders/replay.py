@@ -8,7 +8,6 @@ stopped and resumed.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -17,7 +16,8 @@ import numpy as np
 from ..errors import ConfigError, StateMismatch
 from ._state import LoaderState
 from .loader import Batch, Samples, TokenLoader
-from .order import Shuffle, SkipRanges, Window
+from .mixture import Mixture
+from .order import Shuffle, Window
 
 __all__ = ["Replay", "ReplayedStep", "digest_of_step", "digest_of_stream", "load_state", "parse_range"]
 
@@ -77,7 +77,7 @@ class Replay:
     """Iterate over steps ``[first, end)`` of a run as :class:`ReplayedStep`; each is read by all ranks, in this process.
 
     Args:
-        source: a :class:`~stoker.loaders.TokenDataset`; stays open.
+        source: a :class:`~stoker.loaders.TokenDataset` or a :class:`~stoker.loaders.Mixture`; stays open.
         global_batch: rows of a step; None takes that of `state`.
         world_size: ranks; divides `global_batch`.
         seed, shuffle: as :class:`~stoker.loaders.TokenLoader` takes them; None takes those of `state`, or the loader's
@@ -96,7 +96,7 @@ class Replay:
 
     def __init__(
         self,
-        source: Samples,
+        source: Samples | Mixture,
         *,
         global_batch: int | None = None,
         world_size: int = 1,
@@ -137,17 +137,12 @@ class Replay:
         if state is not None:
             for loader in self._loaders:
                 loader.load_state_dict(state)
-        self.first, self.end = self._go_to(first, end, epochs)
+        self.first, self.end = self._go_to(first, end)
 
-    def _go_to(self, first: int, end: int | None, epochs: int | None) -> tuple[int, int]:
+    def _go_to(self, first: int, end: int | None) -> tuple[int, int]:
         """Have all loaders stand before step `first`; returns the range, checked."""
         here = LoaderState.from_dict(self._loaders[0].state_dict())
-        skip = SkipRanges(here.skip)
-        live = skip.live_before(here.position)
-        steps = None
-        if epochs is not None:
-            run_end = here.run_start + epochs * here.num_samples
-            steps = max(0, skip.live_before(run_end) - live) // self.global_batch
+        steps = self._loaders[0].remaining
         if end is None:
             if steps is None:
                 raise ConfigError("steps must have an end in a run that has none", place=_PLACE)
@@ -161,10 +156,8 @@ class Replay:
                 place=_PLACE,
                 hint="" if steps is None else "ask for more epochs",
             )
-        if first:
-            there = replace(here, position=skip.position_of(live + first * self.global_batch)).to_dict()
-            for loader in self._loaders:
-                loader.load_state_dict(there)
+        for loader in self._loaders:
+            loader.jump(first)
         return first, end
 
     def __len__(self) -> int:

@@ -279,7 +279,9 @@ def _hits(policy: EvictionPolicy, trace: list[str], counts: NDArray[np.bool_], *
             policy.used(name)
             hits += is_counted
             continue
-        victims = policy.admit(name, 1, free_bytes=slots - len(policy), now=now, is_leased=_never)
+        if isinstance(policy, NextUse):
+            policy.advance(now)
+        victims = policy.admit(name, 1, free_bytes=slots - len(policy), is_leased=_never)
         if victims is not None:
             for victim in victims:
                 policy.removed(victim)

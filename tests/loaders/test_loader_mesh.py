@@ -1,17 +1,24 @@
 """Where a rank stands in a device mesh, as the loader sees it: only data-parallel dimensions count."""
 
+import json
 import logging
+import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stoker.errors import ConfigError, UnsupportedError
+from stoker.loaders import TokenDataset, TokenLoader
 from stoker.loaders._placement import place_in_group
+from tests.loaders.token_sets import random_documents, write_set
 
 
 @contextmanager
@@ -74,3 +81,43 @@ def test_ranks_of_a_group_that_all_get_the_same_rows_are_warned(caplog: pytest.L
             assert not caplog.messages
             assert place_in_group(None, None, None) == (0, 1)
     assert caplog.messages == ["TokenLoader without rank= and world_size= gives every rank the same rows"]
+
+
+def deliver(root: Path, rank: int) -> None:
+    """What one of four ranks gets, told in a file."""
+    dist.init_process_group("gloo", rank=rank, world_size=4, init_method=f"file://{root}/store")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with TokenDataset(root / "set", seq_len=16) as dataset, TokenLoader(dataset, batch_size=3, mesh=mesh) as loader:
+        steps = [
+            list(zip(batch["position"].tolist(), batch["input_ids"].tolist(), strict=True))
+            for batch in islice(loader, 10)
+        ]
+        (root / f"rank-{rank}").write_text(json.dumps([steps, loader.state_dict()]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_four_ranks_in_a_mesh_of_two_by_two_share_each_step(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", random_documents(60))
+    children = []
+    for rank in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                deliver(tmp_path, rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    ranks = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in range(4)]
+    assert ranks[0] == ranks[1]  # peers of tensor parallel
+    assert ranks[2] == ranks[3]
+    assert ranks[0][1] == ranks[2][1]  # one state for all
+    with TokenDataset(tmp_path / "set", seq_len=16) as dataset:
+        whole = [
+            sorted([p, ids] for p, ids in zip(batch["position"].tolist(), batch["input_ids"].tolist(), strict=True))
+            for batch in islice(TokenLoader(dataset, batch_size=6), 10)
+        ]
+    assert [sorted([*a, *b]) for a, b in zip(ranks[0][0], ranks[2][0], strict=True)] == whole

@@ -211,7 +211,7 @@ def test_a_packed_data_set_works_in_worker_processes(root: Path) -> None:
     with opened(root, packing=BestFit(long="truncate"), labels="same") as dataset:
         expected = [sample["labels"].tolist() for sample in dataset]  # type: ignore[attr-defined]
         for start in ("fork", "spawn"):
-            loader = DataLoader(dataset, batch_size=7, num_workers=2, multiprocessing_context=start)
+            loader = DataLoader(dataset, batch_size=7, num_workers=1, multiprocessing_context=start)
             assert [row for batch in loader for row in batch["labels"].tolist()] == expected
         with pickle.loads(pickle.dumps(dataset)) as again:
             assert again.packing == dataset.packing == "best_fit-1/truncate"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from stoker.cli import main
 from stoker.errors import ConfigError, StateMismatch
-from stoker.loaders import TokenDataset, TokenLoader
+from stoker.loaders import Mixture, TokenDataset, TokenLoader
+from stoker.loaders._mixture_file import MixtureFile
 from stoker.loaders.order import Window
 from stoker.loaders.replay import Replay, digest_of_step, digest_of_stream, load_state, parse_range
 from stoker.storage import open_store
@@ -24,19 +26,43 @@ SMALL = Window(lanes=6, blocks=2)
 OPTIONS: dict[str, Any] = {"seed": 5, "shuffle": SMALL, "epochs": 2, "skip": [(50, 61), (700, 1003)]}
 FLAGS = ["--seed", "5", "--shuffle", "window:6:2", "--epochs", "2", "--skip", "50:61", "--skip", "700:1003"]
 
-# Reads on from the state in a file as all ranks of a world size would, until it is killed: one step for each line of its
-# input. Each step is kept with the state after it by one rename, as a trainer keeps a checkpoint.
+# Mixes both packings, with a cap and weights that change.
+MIXTURE = """
+stop = "all_exhausted"
+
+[sources.web]
+url = "{web}"
+weight = 0.75
+packing = "best_fit"
+
+[sources.code]
+url = "{code}"
+weight = 0.25
+packing = "pad"
+cap = 1.7
+
+[[schedule]]
+position = 900
+weights = {{ web = 0.4, code = 0.6 }}
+"""
+
+# Reads the same mixture on from the state in a file as all ranks of a world size would, until it is killed: one step for
+# each line of its input. Each step is kept with the state after it by one rename, as a trainer keeps a checkpoint.
 _READER = """
 import json, os, sys
 from pathlib import Path
-from stoker.loaders import TokenDataset
+from stoker.loaders import BestFit, Mixture, Pad, TokenDataset
 from stoker.loaders.order import Window
 from stoker.loaders.replay import Replay, digest_of_step
 
-url, file, choices, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+urls, file, options = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 kept = json.loads(file.read_text()) if file.exists() else {"state": None, "digests": []}
+web = TokenDataset(urls["web"], seq_len=16, packing=BestFit())
+code = TokenDataset(urls["code"], seq_len=16, packing=Pad())
+schedule = [(900, {"web": 0.4, "code": 0.6})]
+mix = Mixture({"web": (web, 0.75), "code": (code, 0.25)}, schedule=schedule, caps={"code": 1.7}, stop="all_exhausted")
 options["shuffle"] = Window(**options["shuffle"])
-for step in Replay(TokenDataset(url, **choices), state=kept["state"], **options):
+for step in Replay(mix, state=kept["state"], **options):
     sys.stdin.readline()
     kept = {"state": step.state, "digests": [*kept["digests"], digest_of_step(step.batches).hex()]}
     file.with_suffix(".new").write_text(json.dumps(kept))
@@ -80,37 +106,50 @@ def replayed(url: str, *, global_batch: int, **options: Any) -> list[str]:
         return [digest_of_step(step.batches).hex() for step in run]
 
 
-@pytest.mark.parametrize(("global_batch", "packing"), [(120, "concat"), (17, "concat"), (120, "best_fit")])
+@pytest.fixture(scope="module")
+def urls(url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two data sets to mix."""
+    root = tmp_path_factory.mktemp("replay-code")
+    write_set(root, random_documents(311, mean=20, seed=3))
+    return {"web": url, "code": str(root)}
+
+
+@pytest.fixture
+def mixture(urls: dict[str, str], tmp_path: Path) -> Path:
+    """A file that mixes them."""
+    file = tmp_path / "mix.toml"
+    file.write_text(MIXTURE.format(**urls))
+    return file
+
+
 def test_the_digest_is_one_for_all_world_sizes_with_kills_in_between(
-    stoker: Any, url: str, tmp_path: Path, global_batch: int, packing: Any
+    stoker: Any, urls: dict[str, str], mixture: Path, tmp_path: Path
 ) -> None:
-    choices = {"seq_len": SEQ_LEN, "packing": packing}
-    with TokenDataset(url, **choices) as dataset:
-        samples = len(dataset)
-        assert samples == (1009 if packing == "concat" else 1010) and samples % global_batch
-    world_sizes = [n for n in (1, 2, 3, 4, 5, 8, 17) if global_batch % n == 0]
-    assert world_sizes == ([1, 2, 3, 4, 5, 8] if global_batch == 120 else [1, 17])
-    asked = ["data", "replay", url, "--hash", "--seq-len", SEQ_LEN, "--global-batch", global_batch, *FLAGS, "--json"]
-    asked += ["--packing", packing]
+    asked = ["data", "replay", "--mixture", mixture, "--hash", "--seq-len", SEQ_LEN, "--global-batch", 120, *FLAGS]
     reports = []
-    for world_size in world_sizes:
-        code, out, _ = stoker(*asked, "--world-size", world_size)
-        assert code == 0
+    for world_size in (1, 2, 3, 4, 5, 8):
+        code, out, err = stoker(*asked, "--json", "--world-size", world_size)
+        assert code == 0, err
         reports.append(json.loads(out))
     digests = [step["sha256"] for step in reports[0]["steps"]]
-    assert len(digests) == len(set(digests)) == (2 * samples - 11 - 303) // global_batch
+    assert len(digests) == len(set(digests))
     assert {report["sha256"] for report in reports} == {reports[0]["sha256"]}
     assert all(report["state"] == reports[0]["state"] for report in reports)
+    # Weights changed at 900 and at the cap, the steps fill no epoch, run or row of lanes, and nothing was cut short.
+    state = reports[0]["state"]
+    assert [segment[0] for segment in state["segments"]][:2] == [0, 900] and len(state["segments"]) == 3
+    assert state["position"] > 2 * 1010 and state["position"] % 6 and set(reports[0]["sources"]) == {"web", "code"}
     # Once more, killed at one world size after the other in the middle of a step, and resumed at the next.
     file, stopped = tmp_path / "kept.json", []
-    for i, world_size in enumerate([*world_sizes[1:], 1]):
-        options = {**OPTIONS, "shuffle": {"lanes": 6, "blocks": 2}, "global_batch": global_batch}
-        arguments = [url, str(file), json.dumps(choices), json.dumps({**options, "world_size": world_size})]
+    for i, world_size in enumerate((8, 3, 5)):
+        options = {**OPTIONS, "shuffle": {"lanes": 6, "blocks": 2}, "global_batch": 120, "world_size": world_size}
         with subprocess.Popen(
-            [sys.executable, "-c", _READER, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-c", _READER, json.dumps(urls), str(file), json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         ) as reader:
             assert reader.stdin is not None and reader.stdout is not None
-            for _ in range(1 + i % 2):
+            for _ in range(4 + 2 * i):  # up to the change of weights, past it, past the cap
                 reader.stdin.write(b"\n")
                 reader.stdin.flush()
                 assert reader.stdout.readline()
@@ -122,12 +161,37 @@ def test_the_digest_is_one_for_all_world_sizes_with_kills_in_between(
         stopped.append(len(kept["digests"]))
         assert kept["digests"] == digests[: stopped[-1]]
     assert sorted(set(stopped)) == stopped and stopped[-1] < len(digests)
-    state = tmp_path / "state.json"
-    state.write_text(json.dumps(kept["state"]))
-    rest = stoker("data", "replay", url, "--hash", "--state", state, "--epochs", 2, "--json")
-    assert rest[0] == 0
+    (tmp_path / "state.json").write_text(json.dumps(kept["state"]))
+    rest = stoker(
+        "data", "replay", "--mixture", mixture, "--hash", "--state", tmp_path / "state.json", "--epochs", 2, "--json"
+    )
+    assert rest[0] == 0, rest
     parts = [*kept["digests"], *(step["sha256"] for step in json.loads(rest[1])["steps"])]
     assert digest_of_stream(bytes.fromhex(part) for part in parts) == reports[0]["sha256"]
+
+
+@pytest.mark.parametrize(("global_batch", "packing"), [(17, "concat"), (120, "best_fit"), (120, "mixture")])
+def test_the_digest_is_one_where_each_step_is_read_at_another_world_size(
+    url: str, mixture: Path, global_batch: int, packing: Any
+) -> None:
+    with ExitStack() as stack:
+        source: TokenDataset | Mixture
+        if packing == "mixture":
+            file = MixtureFile.read(mixture)
+            sets = {n: stack.enter_context(TokenDataset(u, seq_len=SEQ_LEN)) for n, u in file.urls.items()}
+            source = file.mix(sets)
+        else:
+            source = stack.enter_context(TokenDataset(url, seq_len=SEQ_LEN, packing=packing))
+            assert len(source) == (1009 if packing == "concat" else 1010) and len(source) % global_batch
+        whole = [digest_of_step(s.batches) for s in Replay(source, global_batch=global_batch, **OPTIONS)]
+        sizes = [n for n in (2, 3, 4, 5, 8, 17) if global_batch % n == 0]
+        state: dict[str, Any] | None = None
+        for world_size, expected in zip(sizes * 20, whole, strict=False):
+            options: dict[str, Any] = {"global_batch": global_batch, "world_size": world_size, **OPTIONS}
+            state = json.loads(json.dumps(state))
+            part = next(iter(Replay(source, state=state, **options)))
+            assert digest_of_step(part.batches) == expected
+            state = part.state
 
 
 def test_a_digest_is_of_the_rows_in_order_of_position(url: str) -> None:
@@ -221,6 +285,28 @@ def test_explain_tells_where_the_rows_of_a_step_come_from(stoker: Any, url: str)
     assert len(lines) == 2 + sum(len(row["spans"]) for row in report["rows"][:120])
 
 
+def test_explain_names_the_sources_of_a_mixture(stoker: Any, urls: dict[str, str], tmp_path: Path) -> None:
+    sources = {name: {"url": url, "weight": weight} for (name, url), weight in zip(urls.items(), (1, 2), strict=True)}
+    (tmp_path / "mix.json").write_text(json.dumps({"sources": sources}))
+    asked = ["data", "explain", "--mixture", tmp_path / "mix.json", "--seq-len", SEQ_LEN, "--global-batch", 30]
+    code, out, err = stoker(*asked, "--steps", "4:5", "--world-size", 3, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    documents = {"web": random_documents(400), "code": random_documents(311, mean=20, seed=3)}
+    with TokenDataset(urls["web"], seq_len=SEQ_LEN) as web, TokenDataset(urls["code"], seq_len=SEQ_LEN) as part:
+        mix = Mixture({"web": (web, 1), "code": (part, 2)})
+        batches = next(iter(Replay(mix, global_batch=30, world_size=3, first=4))).batches
+    for row in report["rows"]:
+        batch = batches[row["rank"]]
+        assert mix.names[batch["source"][row["row"]]] == row["source"]
+        tokens = np.concatenate([documents[row["source"]][s["document"]][s["start"] : s["end"]] for s in row["spans"]])
+        assert tokens[:-1].tolist() == batch["input_ids"][row["row"]].tolist()
+        assert {span["source"] for span in row["spans"]} == {urls[row["source"]]}
+    lines = stoker(*asked, "--steps", "4")[1].splitlines()
+    assert lines[1].split()[:5] == ["step", "position", "epoch", "source", "rank"]
+    assert {line.split()[3] for line in lines[2:] if len(line.split()) > 6} == {"web", "code"}
+
+
 def test_replay_is_told_to_people(stoker: Any, url: str) -> None:
     asked = ["data", "replay", url, "--seq-len", SEQ_LEN, "--global-batch", 120, "--steps", "2:4"]
     code, out, err = stoker(*asked, "--hash", "--world-size", 8)
@@ -256,6 +342,13 @@ def test_replay_is_told_to_people(stoker: Any, url: str) -> None:
         (["explain", "{set}", "--steps", "3:"], 2, "must be a range A:B with 0 <= A < B, got '3:'"),
         (["explain", "{set}", "--steps", "3", "--world-size", "0"], 2, "--world-size must be >= 1 and divide"),
         (["explain", "{set}"], 2, "Missing option '--steps'"),
+        (["replay", "--seq-len", "16"], 2, "one of URL and --mixture is needed"),
+        (["replay", "{url}", "--seq-len", "16", "--mixture", "{root}/text"], 2, "one of URL and --mixture is needed"),
+        (["replay", "--seq-len", "16", "--mixture", "{root}/gone"], 2, "gone: must be a file that can be read"),
+        (["replay", "--seq-len", "16", "--mixture", "{root}/text"], 2, "text: must be TOML, or JSON if it ends in .json"),
+        (["replay", "--seq-len", "16", "--mixture", "{root}/list.json"], 2, "must be a table with sources"),
+        (["replay", "--seq-len", "16", "--mixture", "{root}/no-url.json"], 2, "web: must hold url, weight, got 'no url'"),
+        (["replay", "--seq-len", "16", "--mixture", "{root}/more.json"], 2, "must hold no more than sources, schedule, stop"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -264,6 +357,9 @@ def test_what_goes_wrong_ends_with_its_exit_code(
 ) -> None:
     (tmp_path / "text").write_text("no JSON")
     (tmp_path / "list").write_text("[]")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "no-url.json").write_text('{"sources": {"web": {"weight": 1}}}')
+    (tmp_path / "more.json").write_text('{"sources": {}, "weights": {}}')
     with TokenDataset(url, seq_len=SEQ_LEN) as dataset, TokenLoader(dataset, batch_size=120, seed=5) as loader:
         next(loader)
         (tmp_path / "other").write_text(json.dumps(loader.state_dict()))

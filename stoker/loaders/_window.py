@@ -1,0 +1,87 @@
+"""How many blocks a shuffle has open at once, against the room that a cache has for them."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import ConfigError
+from ..storage._units import format_bytes
+from .order import Window
+
+__all__ = ["CacheRoom", "fitting_window", "unfitting"]
+
+logger = logging.getLogger(__name__)
+
+_SHARE = 4
+"""Windows get a quarter of the largest tier: the rest is for blocks that come up again, and for what is fetched ahead."""
+_LEAST_BYTES = 64 << 20
+"""Room that there is without a tier: what a process holds in anonymous memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheRoom:
+    """What a data set's windows need, and what its cache has.
+
+    Attributes:
+        blocks: order blocks of the data set. block_bytes: of one.
+        capacity_bytes: of the largest tier; 0 without any.
+    """
+
+    blocks: int
+    block_bytes: int
+    capacity_bytes: int
+
+
+def fitting_window(rooms: Sequence[CacheRoom], *, given: Window | None, world_size: int, place: str) -> Window:
+    """The window of a new stream over data sets in a cache: `given`, or the default if it fits, or the largest that does.
+
+    A smaller window is another order, so it is chosen only where all ranks see the same cache: on one node.
+
+    Raises:
+        ConfigError: it does not fit: its blocks would be fetched again and again.
+    """
+    window = given or Window()
+    if given is None and _is_one_node(world_size):
+        while window.blocks > 1 and (told := unfitting(rooms, window)):
+            window = replace(window, blocks=window.blocks // 2)
+            logger.warning(
+                "%s: %d blocks a lane instead of %d, another order, because the cache is small (%s); "
+                "shuffle=Window(blocks=%d) gives the same order everywhere",
+                place,
+                window.blocks,
+                2 * window.blocks,
+                told,
+                window.blocks,
+            )
+    if told := unfitting(rooms, window):
+        raise ConfigError(
+            "the windows of a shuffle must fit into a quarter of the largest tier of the cache",
+            value=told,
+            place=place,
+            hint="a larger tier; or, for another order, shuffle=Window(blocks=1), fewer lanes, or smaller blocks",
+        )
+    return window
+
+
+def unfitting(rooms: Sequence[CacheRoom], window: Window) -> str:
+    """By how much the windows are too large, in words; nothing if they fit."""
+    if not rooms:
+        return ""
+    blocks = [min(window.lanes * window.blocks, room.blocks) for room in rooms]
+    needed = sum(count * room.block_bytes for count, room in zip(blocks, rooms, strict=True))
+    capacity = min(room.capacity_bytes for room in rooms)
+    if needed <= max(capacity // _SHARE, _LEAST_BYTES):
+        return ""
+    sizes = " + ".join(
+        f"{count} blocks of {format_bytes(room.block_bytes)}" for count, room in zip(blocks, rooms, strict=True)
+    )
+    return (
+        f"{window.lanes} lanes of {window.blocks} blocks each: {sizes} = {format_bytes(needed)}, "
+        f"of a tier of {format_bytes(capacity)}"
+    )
+
+
+def _is_one_node(world_size: int) -> bool:
+    everyone, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    return world_size == 1 or (everyone is not None and everyone == here)
