@@ -34,7 +34,8 @@
         ├── SaveFailed                         this attempt will never be committed
         │   ├── StepAlreadyCommitted           another writer committed the step
         │   ├── Fenced                         a newer writer opened this root
-        │   └── AttemptCollected               clean-up took this attempt's data
+        │   ├── AttemptCollected               clean-up took this attempt's data
+        │   └── SaveSkipped                    another save was under way, and was not waited for
         ├── CommitUnknown                      no verdict by the deadline; it may still appear, whole
         └── RootNotShared                      the ranks do not see the same root
 
@@ -236,6 +237,10 @@ class Fenced(SaveFailed):
 
 class AttemptCollected(SaveFailed):
     """Clean-up took this attempt's data before it was committed."""
+
+
+class SaveSkipped(SaveFailed):
+    """Another save was under way, and the job had asked not to wait for it; nothing was written."""
 
 
 class CommitUnknown(CheckpointError):

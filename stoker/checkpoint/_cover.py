@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Ints", "first_wrong_region", "sort_order", "uncovered_tensor"]
+__all__ = ["Flags", "Ints", "first_wrong_region", "sort_order", "uncovered_tensor"]
 
 Ints: TypeAlias = NDArray[np.int64]
 Flags: TypeAlias = Any  # arrays of bool; numpy's own types for comparisons differ from version to version

@@ -1,6 +1,8 @@
 """``stoker ckpt``: list, show, verify and open checkpoints. Nothing here imports torch."""
 
 import os
+from collections.abc import Mapping
+from math import isfinite
 from time import time
 from typing import Annotated, Any
 
@@ -17,12 +19,14 @@ app = new_app("List, show, verify, compare and clean up checkpoints, and open th
 
 _Url = Annotated[str, typer.Argument(metavar="URL", help="Plain path or URL of a checkpoint root.")]
 _MAX_VALUES = 50
+_LEVEL = "committed"
+"""Of every step that a log names: what is only staged or local is no step yet."""
 _Step = Annotated[int | None, typer.Option("--step", min=0, help="A committed step.", show_default="the newest")]
 
 
 @app.command("ls")
 def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None) -> None:
-    """List the committed steps under a root, the newest marked.
+    """List the committed steps under a root, with the metrics that they were saved with, the newest marked.
 
     \b
     stoker ckpt ls /nvme/run
@@ -38,7 +42,13 @@ def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None)
         rows: list[dict[str, Any]] = []
         for step, live in sorted(head.live.items()):
             directory = step_directory(step, live.nonce)
-            row: dict[str, Any] = {"step": step, "newest": step == head.latest, "directory": directory}
+            row: dict[str, Any] = {
+                "step": step,
+                "newest": step == head.latest,
+                "level": _LEVEL,
+                "directory": directory,
+                "metrics": _metrics(live.metrics),
+            }
             try:
                 manifest = read_manifest(store, directory, live)
                 modified_s = store.head(f"{directory}/manifest.arrow").modified_s
@@ -58,14 +68,15 @@ def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None)
                 }
             )
     ok = not any(row["error"] for row in rows)
-    lines = [("step", "bytes", "age", "world size", "tensors", "")]
+    lines = [("step", "level", "bytes", "age", "world size", "tensors", "metrics", "")]
     for row in rows:
         mark = "newest" if row["newest"] else ""
+        first, metrics = (str(row["step"]), row["level"]), _metrics_text(row["metrics"])
         if row["error"]:
-            lines.append((str(row["step"]), "-", "-", "-", "-", f"{mark} damaged: {row['error']}".strip()))
+            lines.append((*first, "-", "-", "-", "-", metrics, f"{mark} damaged: {row['error']}".strip()))
         else:
             size, age = format_bytes(row["bytes"]), _age(row["age_s"])
-            lines.append((str(row["step"]), size, age, str(row["world_size"]), f"{row['tensors']:,}", mark))
+            lines.append((*first, size, age, str(row["world_size"]), f"{row['tensors']:,}", metrics, mark))
     emit({"ok": ok, "url": store.url, "steps": rows}, _table(lines), as_json=json)
     if not ok:
         raise typer.Exit(1)
@@ -73,7 +84,7 @@ def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None)
 
 @app.command("show")
 def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageOptions = None) -> None:
-    """Show what a step holds: tensors, documents of plain values, files.
+    """Show what a step holds: metrics, tensors, documents of plain values, files.
 
     \b
     stoker ckpt show /nvme/run
@@ -104,14 +115,18 @@ def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageO
         "url": store.url,
         "step": found,
         "newest": found == newest,
+        "level": _LEVEL,
         "directory": directory,
+        "metrics": _metrics(live.metrics),
         "world_size": manifest.world_size,
         "tensors": tensors,
         "states": states,
         "blobs": blobs,
     }
     ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
-    head = f"step {found} of {store.url}, saved by {ranks} in {directory}"
+    head = f"step {found} of {store.url}, {_LEVEL}, saved by {ranks} in {directory}"
+    if live.metrics:
+        head += f"\nmetrics: {_metrics_text(_metrics(live.metrics))}"
     emit(report, f"{head}\n\n{_table(lines)}\n{_table(files)}", as_json=json)
 
 
@@ -270,6 +285,17 @@ def zarr(
     for name, reason in written.left_out.items():
         text += f"left out: {name}: {reason}\n"
     emit(report, text, as_json=json)
+
+
+def _metrics(metrics: Mapping[str, float]) -> dict[str, float | str]:
+    """What JSON has no number for is text, as in the log."""
+    return {name: value if isfinite(value) else repr(value) for name, value in sorted(metrics.items())}
+
+
+def _metrics_text(metrics: Mapping[str, float | str]) -> str:
+    return ", ".join(
+        f"{name}={value}" if isinstance(value, str) else f"{name}={value:.6g}" for name, value in metrics.items()
+    )
 
 
 def _age(seconds: float) -> str:

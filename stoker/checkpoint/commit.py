@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from time import monotonic, sleep
 from typing import Any
 
-from ..errors import AlreadyExists, CommitUnknown, Fenced, KeyNotFound, SaveFailed
+from ..errors import AlreadyExists, AttemptCollected, CommitUnknown, Fenced, KeyNotFound, SaveFailed, SaveSkipped
 from ..storage.store import ObjectStore
 from .log import CheckpointLog, Record
 from .manifest import Fragment, Manifest, merge
@@ -21,7 +21,10 @@ __all__ = [
     "Attempt",
     "collect_fragments",
     "give_up",
+    "pauses",
+    "rank_failed",
     "report_failure",
+    "verdict_of",
     "wait_for_own_term",
     "wait_for_verdict",
     "write_manifest",
@@ -59,7 +62,7 @@ class Attempt:
         return f"{self.directory}/manifest.arrow"
 
 
-def _pauses(deadline: float) -> Iterator[None]:
+def pauses(deadline: float) -> Iterator[None]:
     """Ever longer pauses, 10 ms to 0.5 s, until `deadline`."""
     pause_s = 0.01
     while (left := deadline - monotonic()) > 0:
@@ -70,14 +73,23 @@ def _pauses(deadline: float) -> Iterator[None]:
 
 def report_failure(store: ObjectStore, attempt: Attempt, error: BaseException) -> None:
     """Tell rank 0 that this rank's part will never come."""
-    report = {"rank": attempt.rank, "host": socket.gethostname(), "error": f"{type(error).__name__}: {error}"[:2000]}
-    store.put(attempt.failure_key(attempt.rank), json.dumps(report).encode())
+    store.put(
+        attempt.failure_key(attempt.rank),
+        json.dumps({"rank": attempt.rank, "host": socket.gethostname(), **_told(error)}).encode(),
+    )
 
 
 def give_up(store: ObjectStore, attempt: Attempt, error: BaseException) -> None:
     """Rank 0's verdict that this attempt will never be committed."""
-    verdict = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
-    store.put(attempt.verdict_key, json.dumps(verdict).encode())
+    store.put(attempt.verdict_key, json.dumps({"ok": False, **_told(error)}).encode())
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}"[:2000], "skipped": isinstance(error, SaveSkipped)}
+
+
+def _failure(report: dict[str, Any]) -> type[SaveFailed]:
+    return SaveSkipped if report.get("skipped") is True else SaveFailed
 
 
 def _read_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
@@ -88,14 +100,23 @@ def _read_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment) -> Manifest:
+def verdict_of(store: ObjectStore, attempt: Attempt) -> SaveFailed | None:
+    """The error of an attempt that rank 0 gave up; None if it has not."""
+    verdict = _read_json(store, attempt.verdict_key)
+    if verdict is None:
+        return None
+    return _failure(verdict)("rank 0 must commit", value=verdict.get("error"), place=store.place(attempt.directory))
+
+
+def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment | None) -> Manifest:
     """Rank 0: wait for every other rank's fragment, check that they cover everything, check each blob's size.
 
     Raises:
         SaveFailed: a rank reported a failure, or gave no fragment by the deadline; it is named with its host.
+        SaveSkipped: a rank was still busy with another save.
     """
-    fragments = {attempt.rank: own}
-    for _ in _pauses(attempt.deadline):
+    fragments = {} if own is None else {attempt.rank: own}
+    for _ in pauses(attempt.deadline):
         if len(fragments) == attempt.world_size:
             break
         there = {info.key for info in store.list(f"{attempt.directory}/frag/")}
@@ -103,7 +124,7 @@ def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment) -> Ma
             if rank in fragments:
                 continue
             if attempt.failure_key(rank) in there:
-                raise _rank_failed(store, attempt, rank)
+                raise rank_failed(store, attempt, rank)
             key = attempt.fragment_key(rank)
             if key in there:
                 fragments[rank] = Fragment.from_bytes(store.get(key), place=store.place(key))
@@ -116,7 +137,7 @@ def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment) -> Ma
             hint=f"seen from host {socket.gethostname()}; look at the logs of those ranks",
         )
     for rank, fragment in fragments.items():
-        for blob in fragment.blobs if rank != attempt.rank else ():
+        for blob in fragment.blobs if fragment is not own else ():
             size = store.head(f"{attempt.directory}/{blob.path}").size
             if size != blob.size_bytes:
                 raise SaveFailed(
@@ -131,9 +152,9 @@ def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment) -> Ma
     )
 
 
-def _rank_failed(store: ObjectStore, attempt: Attempt, rank: int) -> SaveFailed:
+def rank_failed(store: ObjectStore, attempt: Attempt, rank: int) -> SaveFailed:
     report = _read_json(store, attempt.failure_key(rank)) or {}
-    return SaveFailed(
+    return _failure(report)(
         f"rank {rank} on host {report.get('host', 'unknown')} must save its part",
         value=report.get("error", "no reason given"),
         place=store.place(attempt.directory),
@@ -150,32 +171,40 @@ def write_manifest(store: ObjectStore, attempt: Attempt, manifest: Manifest) -> 
             raise
 
 
-def wait_for_verdict(store: ObjectStore, attempt: Attempt, log: CheckpointLog) -> None:
-    """Another rank than 0: return when the step is committed.
+def wait_for_verdict(store: ObjectStore, attempt: Attempt, log: CheckpointLog) -> Record:
+    """Another rank than 0: return a record that holds the step, once it is committed.
 
     Raises:
         SaveFailed: rank 0's verdict.
+        SaveSkipped: a rank was still busy with another save.
         Fenced: a newer run opened this root.
+        AttemptCollected: clean-up took this attempt for garbage.
         CommitUnknown: neither by the deadline; the step may still appear, and then it is whole.
     """
     seen_own_run = False
-    for _ in _pauses(attempt.deadline + _GRACE_S):
+    for _ in pauses(attempt.deadline + _GRACE_S):
         head = log.head()
         if head is not None:
             live = head.live.get(attempt.step)
             if live is not None and live.nonce == attempt.nonce:
-                return
+                return head
             seen_own_run = seen_own_run or head.run_id == attempt.run_id
             if seen_own_run and head.run_id != attempt.run_id:
                 raise Fenced("a newer run opened this root", value=head.run_id, place=store.place(attempt.directory))
-        verdict = _read_json(store, attempt.verdict_key)
+            if attempt.nonce in head.dead:  # its verdict may be deleted with the rest
+                raise AttemptCollected(
+                    "clean-up must not have announced this attempt's data",
+                    place=store.place(attempt.directory),
+                    hint="save again",
+                )
+        verdict = verdict_of(store, attempt)
         if verdict is not None:
-            raise SaveFailed("rank 0 must commit", value=verdict.get("error"), place=store.place(attempt.directory))
+            raise verdict
     raise CommitUnknown(
         "rank 0 must commit or give up by the deadline",
         value="no word",
         place=store.place(attempt.directory),
-        hint="the step may still appear, and then it is whole",
+        hint=f"seen from host {socket.gethostname()}; the step may still appear, and then it is whole",
     )
 
 
@@ -186,10 +215,15 @@ def wait_for_own_term(log: CheckpointLog, run_id: str, above_term: int, deadline
         Fenced: this run had a term, and another has opened since.
         SaveFailed: not by the deadline.
     """
-    for _ in _pauses(deadline):
+    for _ in pauses(deadline):
         head = log.head()
         if head is not None and head.run_id == run_id and head.term > above_term:
             return head
         if head is not None and above_term and head.run_id != run_id:
             raise Fenced("a newer run opened this root", value=head.run_id, place=f"run {run_id}")
-    raise SaveFailed("rank 0 must open the run in the log", value="no record", place=f"run {run_id}")
+    raise SaveFailed(
+        "rank 0 must open the run in the log",
+        value="no record",
+        place=f"run {run_id}",
+        hint=f"seen from host {socket.gethostname()}; does this rank see the same root?",
+    )

@@ -25,11 +25,11 @@ import socket
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
@@ -52,10 +52,10 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.tensor import DTensor
 from torch.futures import Future as TorchFuture
 
 from ..errors import ConfigError, SaveFailed, UnsupportedError, UnsupportedState
-from ..storage._units import Buffer
 from ..storage.store import ObjectStore, redact_url
 from ..storage.urls import open_store
 from . import values
@@ -64,17 +64,23 @@ from .blob import Chunk
 from .commit import Attempt, collect_fragments, write_manifest
 from .log import CheckpointLog, Record, commit_record, nonce_of, open_record, step_directory
 from .manifest import BlobInfo, Fragment, Manifest, StateInfo, WrittenChunk
-from .plan import Piece, Plan, dtype_name
+from .plan import Piece, Plan, dtype_name, local_pieces
 from .reader import StepReader, read_manifest, resolve_step
 from .restore import read_boxes
 from .stage import WRITE_THREADS, BlobSave, StagedLayout
-from .tree import put_at
+from .tree import put_at, unite_documents
 
 __all__ = ["StokerReader", "StokerWriter"]
+
+StagedLayouts: TypeAlias = Callable[
+    [list[Chunk], Sequence[torch.Tensor]], tuple[StagedLayout, Callable[[], None]] | None
+]
+"""Where chunks lie staged already, given them and their memory; what comes with it is called when they are written."""
 
 _PERSIST_TIMEOUT_S = 1800.0
 _STEP = re.compile(r"(?:step[-_])?(\d{1,12})")
 _RANK_LOCAL = re.compile(r"state/.*\.\d{5}\.json")
+_PART = re.compile(r"\.part-\d{5,8}\.json")
 _REST = "state/dcp.rest.json"
 """What has no document of its own: items whose names are no identifiers."""
 
@@ -210,7 +216,7 @@ class StokerWriter(StorageWriter):
         super().__init__()
         self._root = _Root(url, storage_options)
         self._fixed_step = _checked_step(step, "StokerWriter")
-        self._timeout_s = persist_timeout_s
+        self.persist_timeout_s = persist_timeout_s
         self.step: int | None = None
         """Step of the newest save that this writer began."""
         self._start_run()
@@ -227,10 +233,12 @@ class StokerWriter(StorageWriter):
         self._arena: Arena | None = None
         self._layout: StagedLayout | None = None
         self._free_arena: Callable[[], object] = lambda: None
+        self.staged_layout: StagedLayouts | None = None
+        """Set by a :class:`~stoker.checkpoint.staging.StokerStager` of this writer."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Sent to another process (async_save in a process) it is another writer: with a run and an arena of its own.
-        names = ("_root", "_fixed_step", "_timeout_s", "step", "_asked_step")
+        names = ("_root", "_fixed_step", "persist_timeout_s", "step", "_asked_step")
         return {name: self.__dict__[name] for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -308,7 +316,7 @@ class StokerWriter(StorageWriter):
         if not isinstance(assigned, _Assignment):
             raise ConfigError("a plan must come from the coordinator's writer", place="StokerWriter.write_data")
         self.step = assigned.step
-        attempt = assigned.attempt(monotonic() + self._timeout_s)
+        attempt = assigned.attempt(monotonic() + self.persist_timeout_s)
         encoded = {
             item.index.fqn: values.dumps(_lookup_object(planner, item.index), place=item.index.fqn)
             for item in plan.items
@@ -341,7 +349,7 @@ class StokerWriter(StorageWriter):
         item_of: dict[tuple[str, tuple[int, ...]], WriteItem] = {}
         chunks = []
         for item in items:
-            chunk = _chunk_of(item)
+            chunk = chunk_of(item)
             if chunk.nbytes or 0 in chunk.global_shape:  # an uneven shard may have got no rows
                 item_of[chunk.name, chunk.offsets] = item
                 chunks.append(chunk)
@@ -349,7 +357,11 @@ class StokerWriter(StorageWriter):
         def memory_of(piece: Piece) -> torch.Tensor:
             return _resolved(planner, item_of[piece.chunk.name, piece.chunk.offsets], piece.chunk)
 
-        layout = self._layout_for(attempt.rank, chunks)
+        _check_shardings(planner, {chunk.name for chunk in chunks})
+        found = None
+        if self.staged_layout is not None:
+            found = self.staged_layout(chunks, [_resolved(planner, item, chunk_of(item)) for item in item_of.values()])
+        layout, let_go = (self._layout_for(attempt.rank, chunks), None) if found is None else found
         layout.arena.mark("FILLING", step=attempt.step, nonce=attempt.nonce)
         opened: Future[None] = Future()
         opened.set_result(None)  # the coordinator opened the term before it sent the plans
@@ -363,26 +375,30 @@ class StokerWriter(StorageWriter):
                 may_write=opened,
             )
             try:
-                blobs.stage(memory_of)
+                if let_go is None:
+                    blobs.stage(memory_of)
+                else:
+                    blobs.write_staged()
                 blobs.checksums_done(attempt.deadline)
                 layout.arena.mark("FULL", step=attempt.step, nonce=attempt.nonce)
                 infos = blobs.finish()
             finally:
                 blobs.abort()
+                if let_go is not None:
+                    let_go()
         return blobs.written_chunks(), infos
 
     def _layout_for(self, rank: int, chunks: list[Chunk]) -> StagedLayout:
         if self._layout is not None and [piece.chunk for piece in self._layout.plan.mine] == chunks:
             return self._layout
-        pieces = [Piece(chunk=chunk, rows=None, replicas=(rank,)) for chunk in chunks]
-        plan = Plan(held=pieces, mine=pieces, signature=b"")
+        plan = plan_of_chunks(chunks)
         images = StagedLayout.images_of(plan)
         size_bytes = sum(image.size_bytes for image in images)
         self._layout = None
         if self._arena is None or self._arena.size_bytes != size_bytes:
             self.close()
             self._arena = Arena(root_id=root_id_of(self._root.store.url), rank=rank, size_bytes=size_bytes)
-            self._free_arena = weakref.finalize(self, _close_arena, self._arena, os.getpid())
+            self._free_arena = weakref.finalize(self, close_arena, self._arena, os.getpid())
         self._layout = StagedLayout(plan, images, self._arena)
         return self._layout
 
@@ -417,6 +433,11 @@ class StokerWriter(StorageWriter):
 
     # -------------------------------------------------------------------------------------------------------- the end
 
+    @property
+    def url(self) -> str:
+        """The root."""
+        return self._root.store.url
+
     def close(self) -> None:
         """Free the staging memory; the next save makes it anew. Happens by itself when the writer is dropped."""
         self._free_arena()
@@ -430,7 +451,7 @@ class StokerWriter(StorageWriter):
         self.close()
 
 
-def _close_arena(arena: Arena, pid: int) -> None:
+def close_arena(arena: Arena, pid: int) -> None:
     if os.getpid() == pid:  # a forked child holds a copy of the object, not of the arena
         arena.close()
 
@@ -447,7 +468,8 @@ def _lookup_object(planner: SavePlanner, index: MetadataIndex) -> Any:
     return lookup(index)
 
 
-def _chunk_of(item: WriteItem) -> Chunk:
+def chunk_of(item: WriteItem) -> Chunk:
+    """The chunk that an item of a plan wants to be written."""
     data = item.tensor_data
     assert data is not None  # by the type of the item
     return Chunk(
@@ -459,8 +481,35 @@ def _chunk_of(item: WriteItem) -> Chunk:
     )
 
 
+def plan_of_chunks(chunks: Sequence[Chunk]) -> Plan:
+    """The plan of a rank that writes just these chunks, each of them all of its part of a tensor."""
+    pieces = [Piece(chunk=chunk, at=None, replicas=()) for chunk in chunks]
+    return Plan(held=pieces, mine=pieces, signature=())
+
+
 def _nbytes(item: WriteItem) -> int:
-    return _chunk_of(item).nbytes
+    return chunk_of(item).nbytes
+
+
+def _check_shardings(planner: SavePlanner | LoadPlanner, names: Iterable[str]) -> None:
+    """Refuse what torch's planners describe as rows that the rank does not have.
+
+    They take a rank's part for a hyper-rectangle where its placements say it begins, which is wrong for some strided ones.
+    """
+    state: Mapping[str, Any] = getattr(planner, "state_dict", {})
+    for name in names:
+        tensor = state.get(name)
+        if not isinstance(tensor, DTensor) or all(type(p).__name__ != "_StridedShard" for p in tensor.placements):
+            continue
+        real = [(piece.chunk.offsets, piece.chunk.shape) for piece in local_pieces(name, tensor, 1)]
+        told = [(tuple(one.offsets), tuple(one.sizes)) for one in tensor.__create_chunk_list__()]
+        if real != told:
+            raise UnsupportedState(
+                "torch's planner must know which rows a rank has",
+                value=f"{list(tensor.placements)}, rows {real}, planned {told}",
+                place=name,
+                hint="CheckpointManager saves and restores this sharding",
+            )
 
 
 def _resolved(planner: SavePlanner, item: WriteItem, chunk: Chunk) -> torch.Tensor:
@@ -589,11 +638,11 @@ class StokerReader(StorageReader):
         self._reader = StepReader(store, directory, manifest)
         paths: dict[str, Any] = {name: (name,) for name in manifest.tensor_names}
         self._values = {}
-        for path in manifest.states:
-            if not _RANK_LOCAL.fullmatch(path):
-                found, places = _flat_document(path, self._reader.read_state(path))
-                self._values.update(found)
-                paths.update(places)
+        for path, parts in _documents_of(manifest.states).items():
+            documents = [values.loads(self._reader.read_state(part), place=part) for part in parts]
+            found, places = _flat_document(path, unite_documents(documents))
+            self._values.update(found)
+            paths.update(places)
         entries: dict[str, Any] = {name: _tensor_metadata(manifest, name) for name in manifest.tensor_names}
         entries.update((name, BytesStorageMetadata()) for name in self._values)
         return Metadata(state_dict_metadata=entries, planner_data=paths)
@@ -631,6 +680,7 @@ class StokerReader(StorageReader):
                 torch.save(self._values[item.dest_index.fqn], stream)
                 stream.seek(0)
                 planner.load_bytes(item, stream)
+        _check_shardings(planner, {item.dest_index.fqn for item in tensors})
         chunks: dict[str, dict[tuple[int, ...], WrittenChunk]] = {}
         boxes = []
         done: list[tuple[ReadItem, torch.Tensor, torch.Tensor]] = []
@@ -644,7 +694,7 @@ class StokerReader(StorageReader):
             memory = target
             if dtype_name(target.dtype) != box.dtype:
                 memory = torch.empty(box.shape, dtype=getattr(torch, box.dtype))
-            boxes.append((box, memory, [written]))
+            boxes.append((box, memory))
             done.append((item, target, memory))
         read_boxes(self._reader, boxes)
         for item, target, memory in done:
@@ -674,9 +724,17 @@ def _tensor_metadata(manifest: Manifest, name: str) -> TensorStorageMetadata:
     )
 
 
-def _flat_document(path: str, data: Buffer) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+def _documents_of(states: Iterable[str]) -> dict[str, list[str]]:
+    """The documents that are not one rank's alone: by the path of the whole one, its parts in the order of ranks."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(states):
+        if not _RANK_LOCAL.fullmatch(path):
+            found.setdefault(_PART.sub(".json", path), []).append(path)
+    return found
+
+
+def _flat_document(path: str, document: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
     """A document as torch's planner flattens it: plain values by dotted name, and where each name was."""
-    document = values.loads(data, place=path)
     value = document["value"]
     # Tensors are put in, so that torch finds the same leaves as in the tree that was saved; they hold nothing.
     tensor = torch.empty(0, device="meta")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from ..errors import ConfigError, DeadlineExceeded, StokerError
+from ..errors import ConfigError, DeadlineExceeded, SaveSkipped, StokerError
 
 __all__ = ["Level", "SaveHandle", "SaveReport"]
 
@@ -20,9 +20,11 @@ class SaveReport:
     Attributes:
         step: the step.
         stall_s: how long ``save()`` kept its caller.
-        busy_s: the part of `stall_s` that it waited for the save before it.
+        busy_s: the part of `stall_s` that it waited for a save before it.
         staged_bytes: bytes that this rank copied into its staging arena.
-        local_s: until this rank's bytes were durable under the root.
+        staging_slots: arenas that this rank has: with two, the next save need not wait for this one.
+        staged_s: until the state, with its checksums, was complete in the arena and could survive this process.
+        local_s: until this rank's bytes were durable on the node's disk (``local=``), or under the root without one.
         committed_s: until the step was visible.
     """
 
@@ -30,13 +32,15 @@ class SaveReport:
     stall_s: float
     busy_s: float
     staged_bytes: int
+    staging_slots: int
+    staged_s: float | None
     local_s: float | None
     committed_s: float | None
 
     @property
     def bytes_per_s(self) -> dict[Level, float]:
         """This rank's bytes per second, counted from ``save()``, at each level that is reached."""
-        times = {"staged": self.stall_s, "local": self.local_s, "committed": self.committed_s}
+        times = {"staged": self.staged_s, "local": self.local_s, "committed": self.committed_s}
         return {level: self.staged_bytes / t for level in _LEVELS if (t := times[level])}
 
 
@@ -48,7 +52,7 @@ class SaveHandle:
         self.step = step
         self._started, self._busy_s = started, busy_s
         self._stall_s = 0.0
-        self._staged_bytes = 0
+        self._staged_bytes = self._staging_slots = 0
         self._reached: dict[Level, float] = {}
         self._levels: dict[Level, Future[None]] = {level: Future() for level in _LEVELS}
         self._observed = False
@@ -58,6 +62,8 @@ class SaveHandle:
 
         Raises:
             DeadlineExceeded: not within `timeout_s` seconds; the save goes on.
+            SaveSkipped: it was not begun, since another one was still under way (``on_busy="skip"``).
+            StoreError: for ``"local"``, that the node's disk is full or broken; the save goes on to the root.
             SaveFailed, CommitUnknown, StoreError: why it will not be (or may not be) committed. Older steps are as they
                 were.
         """
@@ -67,14 +73,25 @@ class SaveHandle:
             self._levels[level].result(timeout_s)
         except TimeoutError as error:
             if isinstance(error, StokerError):
-                self._observed = True
+                self._note_seen(level)
                 raise
             raise DeadlineExceeded(
                 f"the save must be {level} in time", value=f"{timeout_s} s", place=f"step {self.step}"
             ) from None
         except Exception:
-            self._observed = True
+            self._note_seen(level)
             raise
+
+    def _note_seen(self, level: Level) -> None:
+        """The caller got an error: of the whole save, unless it is the node's disk that failed."""
+        if level != "local" or self._levels["committed"].done():
+            self._observed = True
+
+    @property
+    def skipped(self) -> bool:
+        """Whether nothing was saved since another save was under way (``on_busy="skip"``), here or on another rank."""
+        committed = self._levels["committed"]
+        return committed.done() and isinstance(committed.exception(), SaveSkipped)
 
     def done(self, level: Level = "committed") -> bool:
         """Whether `level` was reached or the save has failed."""
@@ -87,26 +104,31 @@ class SaveHandle:
             stall_s=self._stall_s,
             busy_s=self._busy_s,
             staged_bytes=self._staged_bytes,
+            staging_slots=self._staging_slots,
+            staged_s=self._reached.get("staged"),
             local_s=self._reached.get("local"),
             committed_s=self._reached.get("committed"),
         )
 
-    def mark_staged(self, num_bytes: int) -> None:
-        self._staged_bytes = num_bytes
+    def mark_returned(self, num_bytes: int, num_slots: int) -> None:
+        self._staged_bytes, self._staging_slots = num_bytes, num_slots
         self._stall_s = perf_counter() - self._started
-        self.reach("staged")
 
     def reach(self, level: Level) -> None:
         self._reached[level] = perf_counter() - self._started
         self._levels[level].set_result(None)
 
     def fail(self, error: BaseException) -> None:
-        for future in self._levels.values():
-            if not future.done():
-                future.set_exception(error)
+        """The save will not be committed. The node's own disk may be reached or not: whoever writes there says so."""
+        for level in ("staged", "committed"):
+            self.fail_level(level, error)
+
+    def fail_level(self, level: Level, error: BaseException) -> None:
+        if not self._levels[level].done():
+            self._levels[level].set_exception(error)
 
     def raise_unobserved(self) -> None:
         error = self._levels["committed"].exception()
-        if error is not None and not self._observed:
+        if error is not None and not self._observed and not isinstance(error, SaveSkipped):
             self._observed = True
             raise error

@@ -75,6 +75,18 @@ class Job:
             raise value
         return value
 
+    def of_all_ranks(self, value: Any) -> list[Any]:
+        """Every rank's `value`, by rank; an error among them is raised on all. `value` alone without a group."""
+        if self.group is None:
+            values = [value]
+        else:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value, group=self.group)
+        for one in values:
+            if isinstance(one, StokerError):
+                raise one
+        return values
+
     def _check_root_is_shared(self, store: ObjectStore) -> None:
         key = f"probe/{self.run_id}"
         self.from_rank_0(_error_of(lambda: store.put(key, b"seen by every rank")) if self.rank == 0 else None)

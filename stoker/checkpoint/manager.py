@@ -1,60 +1,47 @@
 """The checkpoint manager: save, restore and retention of steps under one root."""
 
+import atexit
+import functools
 import hashlib
 import logging
 import os
 import signal
-import socket
+import weakref
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, wait
+from contextlib import ExitStack
+from dataclasses import replace
 from time import monotonic, perf_counter
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import torch
-
-from ..errors import (
-    ConfigError,
-    DeadlineExceeded,
-    StokerError,
-    UnsupportedError,
-)
+from ..errors import ConfigError, DeadlineExceeded, SaveSkipped, StokerError
 from ..metrics import counters
 from ..storage.store import ObjectStore
 from ..storage.urls import open_store
-from . import values
-from .arena import Arena, root_id_of, sweep_dead_arenas
-from .commit import (
-    Attempt,
-    collect_fragments,
-    give_up,
-    report_failure,
-    wait_for_own_term,
-    wait_for_verdict,
-    write_manifest,
-)
+from ._pool import Pool
+from .arena import root_id_of, sweep_dead_arenas
+from .commit import Attempt
 from .handle import SaveHandle
+from .holders import Holders, Roster
 from .job import Job
-from .log import (
-    CheckpointLog,
-    LiveStep,
-    Record,
-    Transition,
-    commit_record,
-    nonce_of,
-    open_record,
-    step_directory,
-)
-from .manifest import Fragment, StateInfo
-from .plan import Plan, make_plan, plan_signature
+from .local import LocalTier
+from .log import CheckpointLog, LiveStep, nonce_of, step_directory
+from .manifest import Fragment
+from .nearest import ArenaCopy, LocalCopy, NearCopy
+from .overlap import LateCopy, OptimizerHooks, OverlapMode, late_tensors
+from .persist import Persister, Staged
+from .plan import Signature, make_plan, plan_signature
 from .reader import StepReader, read_manifest, resolve_step
 from .restore import RestoreReport, restore_tree
 from .retention import KeepBest, checked_metrics, retention
 from .retire import Retirement
-from .stage import WRITE_THREADS, BlobSave, StagedLayout
+from .salvage import Salvager
+from .slots import Slots
+from .stage import WRITE_THREADS, BlobSave
 from .stop import StopRequest
-from .tree import TreeView, state_path, view_tree
+from .term import Term
+from .tree import Documents, TreeView, view_tree
 
 __all__ = ["CheckpointManager", "load", "save"]
 
@@ -62,19 +49,22 @@ logger = logging.getLogger(__name__)
 
 _CONSTRUCT_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 1800.0
-_SAVES_IN_A_TERM = 100
-"""A run opens again above its own term after so many saves, which clears the list of the dead in every record. A number
-of saves, not the length of the list, since all ranks must agree without a word."""
+_EXIT_GRACE_S = 5.0
+"""How much longer than the deadline of the last save the end of the interpreter waits for it."""
+_CHECKSUM_THREADS = 2
+_LOCAL_THREADS = 8
 
 
 # Guarantees: save, restore and close are called from one thread at a time, the trainer's; steps and latest from any.
-# `_threads` write blobs, `_persister` brings one save after another to its commit; both belong to this object.
+# `_threads` write to the root, `_local_threads` to the node's disk, `_checksums` and `_copier` read and fill the arenas,
+# `_sealer` waits for them, and `_background` brings one save after another to its commit; all belong to this object.
 class CheckpointManager:
     """Asynchronous, sharded, verified checkpoints of one training job under one root.
 
     Args:
         url: the root: a path, or any URL that :func:`stoker.storage.open_store` takes. All ranks name the same one.
-        local: a directory on the node's own disk; comes with tiered durability, in a later version.
+        local: a directory on the node's own disk. Each rank's bytes are written there, too, at the same time as they go
+            to the root, and restored from there after a crash. If that disk is full or broken, saves go on to the root.
         keep_last, keep_every, keep_best: which committed steps stay: the newest `keep_last`, those that are a multiple of
             `keep_every`, the best by a metric (:class:`~stoker.checkpoint.KeepBest`). A step stays if one of them wants
             it; the newest always stays; with none of them all do. The others are retired in the same log record that
@@ -83,15 +73,25 @@ class CheckpointManager:
         rank, world_size, run_id: of the job. With an initialised process group they come from there (the constructor is
             then collective, once, on gloo); without one a job of several ranks must pass all three, the same `run_id`
             on each rank and a new one at each start.
+        replicas: the ranks whose plain tensors (no DTensors) are the same as this rank's, itself included: in a job with
+            pipeline stages those of its stage. None finds out, by a note under the root whenever the tree has changed.
+        overlap: whether parameters and optimizer state of 64 KiB and more are copied after ``save()`` has returned,
+            beside the next forward and backward pass; the optimizers in the tree wait for it before they step. Nothing
+            else may change them meanwhile: no edit of ``p.data``, no ``load_state_dict`` but by this manager.
+            ``"auto"``: on where they are on an accelerator, off in host memory. ``"verify"``: on, and a save whose
+            tensors were changed before they were copied fails.
+        on_busy: what a save does while as many are under way as there are arenas: ``"wait"`` for one, or ``"skip"``.
         persist_timeout_s: the deadline of one save, from ``save()`` to its commit.
         grace_s: how long data outlives its retirement, for readers that are still at it.
         stop_on: signals upon which the job is to save and stop; see :meth:`should_stop`. The first one only asks for
             that, a second one does what it did before. Only in the main thread.
         stop_margin: the job stops at most twice as many steps after the first rank has heard of it.
 
-    Durability: :meth:`save` returns when the state is staged in host memory, so training may go on; a step exists for
-    anyone, :meth:`latest` included, once it is committed: every byte of every rank is durable under the root and one log
-    record names it.
+    Durability: :meth:`save` returns when training may go on. The level ``"staged"`` is reached when the state lies in
+    shared memory with its checksums: if the processes are killed then, the next start on the same nodes commits it.
+    ``"local"``: this rank's bytes are durable on the node's own disk (without `local`, under the root). A step exists for
+    anyone, :meth:`latest` included, once it is ``"committed"``: every byte of every rank is durable under the root and
+    one log record names it. A manager belongs to the process that made it: a forked child can't use it.
 
     Examples:
         >>> import tempfile, torch
@@ -111,7 +111,7 @@ class CheckpointManager:
         self,
         url: str | os.PathLike[str],
         *,
-        local: str | None = None,
+        local: str | os.PathLike[str] | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
         keep_best: KeepBest | None = None,
@@ -119,18 +119,22 @@ class CheckpointManager:
         rank: int | None = None,
         world_size: int | None = None,
         run_id: str | None = None,
+        replicas: Collection[int] | None = None,
+        overlap: OverlapMode = "auto",
+        on_busy: Literal["wait", "skip"] = "wait",
         persist_timeout_s: float = 1800.0,
         grace_s: float = 60.0,
         stop_on: Collection[signal.Signals] = (),
         stop_margin: int = 10,
     ) -> None:
-        if local is not None:
-            raise UnsupportedError(
-                "a local tier in front of the root comes in a later version",
-                value=str(local),
-                place="CheckpointManager(local=)",
-                hint="leave local= out: the root itself may be a directory on local disk",
+        if overlap not in (True, False, "auto", "verify"):
+            raise ConfigError(
+                "overlap must be 'auto', True, False or 'verify'", value=overlap, place="CheckpointManager"
             )
+        if on_busy not in ("wait", "skip"):
+            raise ConfigError("on_busy must be 'wait' or 'skip'", value=on_busy, place="CheckpointManager")
+        self._pid = os.getpid()
+        self._overlap, self._on_busy = overlap, on_busy
         self._keep = retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
         self._keep_best = keep_best
         self._store: ObjectStore = open_store(os.fspath(url), **(storage_options or {}))
@@ -140,23 +144,64 @@ class CheckpointManager:
         self._stop = StopRequest(
             self._store, run_id=self._job.run_id, rank=self.rank, world_size=self.world_size, margin=stop_margin
         )
-        self._retirement = Retirement(self._store, self._log, grace_s=grace_s, run_note=self._stop.key)
         self._root_id = root_id_of(self._store.url)
-        self._host = socket.gethostname()
-        self._threads = ThreadPoolExecutor(WRITE_THREADS, thread_name_prefix="stoker-write")
-        self._persister = ThreadPoolExecutor(1, thread_name_prefix="stoker-persist")
-        self._opened: Future[None] | None = None
-        self._term = 0
-        self._rewind_to: int | None = None
-        self._num_attempts = 0
+        self._threads = Pool(WRITE_THREADS, "stoker-write")
+        self._local_threads = Pool(_LOCAL_THREADS, "stoker-local")
+        self._checksums = Pool(_CHECKSUM_THREADS, "stoker-checksum")
+        self._copier = Pool(1, "stoker-copy")
+        self._sealer = Pool(1, "stoker-seal")
+        self._background = Pool(1, "stoker-persist")
         self._tries: dict[int, int] = {}
         self._own_nonces: set[str] = set()
-        self._arena: Arena | None = None
-        self._layout: StagedLayout | None = None
-        self._pending: tuple[SaveHandle, Future[None]] | None = None
+        self._pending: list[tuple[SaveHandle, Future[None], float]] = []
         self._closed = False
+        self._local = None
+        if local is not None:
+            self._local = LocalTier(local, root_id=self._root_id, threads=self._local_threads)
+        self._retirement = Retirement(
+            self._store,
+            self._log,
+            grace_s=grace_s,
+            is_owner=self.rank == 0,
+            own_nonces=self._own_nonces,
+            run_note=self._stop.key,
+            local=self._local,
+        )
+        self._documents = Documents()
+        self._roster = Roster(self._store, rank=self.rank, world_size=self.world_size, replicas=replicas)
+        self._term = Term(self._log, self._job, self._threads, retire=self._retirement.add)
+        self._persister = Persister(
+            self._store,
+            self._log,
+            self._term,
+            keep=self._keep,
+            retirement=self._retirement,
+            roster=self._roster,
+            local=self._local,
+        )
+        self._slots = Slots(root_id=self._root_id, rank=self.rank, world_size=self.world_size)
+        self._hooks = OptimizerHooks()
         sweep_dead_arenas(keep_root_id=self._root_id)
+        self._salvage()
         self._stop.listen(stop_on)
+        self._at_exit = functools.partial(_finish_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def _salvage(self) -> None:
+        """Commit what a killed run had staged, if all of it is there."""
+        attempt = Salvager(
+            self._store,
+            self._log,
+            self._job,
+            root_id=self._root_id,
+            threads=self._threads,
+            timeout_s=self._timeout_s,
+            open_term=self._term.open_now,
+            opened=self._term.opened_by_rank_0,
+            append=lambda attempt, metrics: self._persister.append(attempt, None, metrics),
+        ).run()
+        if attempt is not None:
+            self._own_nonces.add(attempt.nonce)
 
     @property
     def rank(self) -> int:
@@ -176,6 +221,10 @@ class CheckpointManager:
         The tree may hold modules, optimizers, ``Stateful`` objects, (nested dicts of) tensors, DTensors and plain values;
         everything in it may change as soon as this returns. A save that still persists is waited for.
 
+        Items have the same names on every rank; the tensors in them may differ (pipeline stages). Tensors of one name are
+        the same, but for buffers of modules, which the lowest rank gives. Of plain values those of the lowest rank count.
+        Before the first save of a tree, and after it has changed, ranks wait for a note of each other under the root.
+
         Args:
             step: of the training; a step is committed once.
             tree: the state.
@@ -190,22 +239,27 @@ class CheckpointManager:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 10**12:
             raise ConfigError("a step is an integer in [0, 10^12)", value=step, place="CheckpointManager.save")
         numbers = checked_metrics(metrics)
-        self._settle()
+        has_slot = self._await_slot()
         handle = SaveHandle(step, started, perf_counter() - started)
         attempt = self._new_attempt(step)
         # Before anything can fail here: the other ranks write nothing until they see the record.
-        may_write = self._open_once(attempt.deadline)
+        may_write = self._term.open(attempt.deadline)
+        if not has_slot:
+            return self._skipped(handle, attempt)
+        release = None
         try:
             view = view_tree(tree)
             # On every rank, though only rank 0 writes most of them: what can't be represented must not pass unseen.
-            documents = {item.name: values.dumps(item.document(), place=item.name) for item in view.items.values()}
-            states = {
-                state_path(item.name, self.rank if item.rank_local else None): documents[item.name]
-                for item in view.items.values()
-                if self.rank == 0 or item.rank_local
-            }
-            layout = self._layout_for(view.tensors)
+            documents = {item.name: self._documents.encode(item) for item in view.items.values()}
+            signature = plan_signature(view.tensors, rank=self.rank, world_size=self.world_size)
+            holders = self._roster.holders(view, signature, attempt, may_write)
+            self._lay_out(view, signature, holders)
+            layout, release = self._slots.acquire()
             layout.arena.mark("FILLING", step=step, nonce=attempt.nonce)
+            self._retirement.pause(attempt.nonce)
+            local = None
+            if self._local is not None:
+                local = self._local.target(attempt.directory, sum(image.size_bytes for image in layout.images))
             blobs = BlobSave(
                 layout,
                 store=self._store,
@@ -213,60 +267,135 @@ class CheckpointManager:
                 rank=self.rank,
                 threads=self._threads,
                 may_write=may_write,
+                checksum_threads=self._checksums,
+                local=local,
             )
-            self._retirement.pause()
             try:
-                blobs.stage(lambda piece: piece.memory(view.tensors[piece.chunk.name]))
+                blobs.stage(
+                    lambda piece: piece.memory(view.tensors[piece.chunk.name]), self._late_copy(tree, view, attempt)
+                )
             except BaseException:
                 blobs.abort()
+                if local is not None:
+                    local.abort()
                 raise
         except BaseException as error:
-            self._retirement.resume(self._own_nonces)
+            if release is not None:
+                release()
+            self._retirement.resume(attempt.nonce)
+            self._roster.forget()
             if self.world_size > 1:
-                self._tell_failure(attempt, error)
+                self._persister.tell_failure(attempt, error)
+            if isinstance(error, SaveSkipped):  # another rank's
+                handle.fail(error)
+                handle.fail_level("local", error)
+                return handle
             raise
-        handle.mark_staged(blobs.num_bytes)
-        staged = _Staged(
+        handle.mark_returned(blobs.num_bytes, self._slots.num_slots)
+        staged = Staged(
             attempt=attempt,
             blobs=blobs,
+            may_write=may_write,
             plan=layout.plan,
-            states=states,
+            states={
+                path: documents[item.name]
+                for item in view.items.values()
+                if (path := holders.document_path(item)) is not None
+            },
+            documents={holders.path_of(item): documents[item.name] for item in view.items.values()},
             tree_hash=_tree_hash(view),
             metrics=numbers,
+            local=local,
+            release=release,
         )
-        self._pending = handle, self._persister.submit(self._persist, handle, staged)
+        sealed = self._sealer.submit(self._persister.seal, handle, staged)
+        persisted = self._background.submit(self._persist, handle, staged, sealed)
+        self._pending.append((handle, persisted, attempt.deadline))
         counters.add("ckpt.save.stall_s", handle.report().stall_s)
         counters.add("ckpt.save.bytes", blobs.num_bytes)
+        return handle
+
+    def _persist(
+        self, handle: SaveHandle, staged: Staged, sealed: Future[tuple[Fragment, Future[None] | None]]
+    ) -> None:
+        self._persister.finish(handle, staged, sealed)
+        if self._slots.num_saves >= 2:  # not for one that saves once
+            self._slots.grow()
+
+    def _late_copy(self, tree: dict[str, Any], view: TreeView, attempt: Attempt) -> LateCopy | None:
+        names = late_tensors(tree, view, self._overlap)
+        if not names:
+            return None
+        self._hooks.hook(tree)
+        copy = LateCopy(names, self._copier, deadline=attempt.deadline, verify=self._overlap == "verify")
+        self._hooks.expect(copy)
+        return copy
+
+    def _await_slot(self) -> bool:
+        """Whether an arena is free for the next save, once all is done that must end before it."""
+        self._hooks.join()
+        self._raise_failures()
+        if self._term.needs_opening():
+            self._settle()
+        if self._slots.num_slots and not self._slots.num_free:
+            if self._on_busy == "skip":
+                return False
+            if not self._slots.wait_free(self._timeout_s):
+                raise self._still_busy()
+        self._raise_failures()
+        return True
+
+    def _skipped(self, handle: SaveHandle, attempt: Attempt) -> SaveHandle:
+        error = SaveSkipped(
+            "a save is skipped while as many are under way as there is memory for",
+            value=f"rank {self.rank}: {self._slots.num_slots} arenas are in use",
+            place=f"step {attempt.step}",
+        )
+        for level in ("staged", "local", "committed"):
+            handle.fail_level(level, error)
+        counters.add("ckpt.save.skipped")
+        if self.world_size > 1:  # the others may have begun; not on this thread
+            self._threads.submit(self._persister.tell_failure, attempt, error)
         return handle
 
     def _check_usable(self) -> None:
         if self._closed:
             raise ConfigError("the manager must not be closed", place=self._store.url)
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                "a manager is used by the process that made it",
+                value=f"process {os.getpid()}, made by {self._pid}",
+                place=self._store.url,
+                hint="make one in the forked process",
+            )
+
+    def _raise_failures(self) -> None:
+        """Forget the saves that have ended; raise the first failure that nobody saw."""
+        # By the handle: an arena is given back a moment before the thread that did it is done.
+        ended = [handle for handle, _, _ in self._pending if handle.done()]
+        self._pending = [one for one in self._pending if not one[1].done()]
+        for handle in ended:
+            handle.raise_unobserved()
 
     def _settle(self) -> None:
-        """Wait until the save before has let go of the arena; raise its failure unless somebody saw it."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        handle, persisted = pending
-        try:
-            persisted.result(self._timeout_s)
-        except TimeoutError:
-            self._pending = pending
-            raise DeadlineExceeded(
-                "the save before must end first",
-                value=f"still writing after {self._timeout_s} s",
-                place=f"step {handle.step}",
-                hint="the disk or the store hangs",
-            ) from None
-        handle.raise_unobserved()
+        """Wait until no save is under way; raise the first failure that nobody saw."""
+        if self._pending and wait([one[1] for one in self._pending], self._timeout_s).not_done:
+            raise self._still_busy()
+        self._raise_failures()
+        if not self._slots.wait_all_free(self._timeout_s):  # the node's disk may be the last
+            raise self._still_busy()
+
+    def _still_busy(self) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            "the saves before must end first",
+            value=f"still writing after {self._timeout_s} s",
+            place=f"step {self._pending[0][0].step}" if self._pending else self._store.url,
+            hint="the disk or the store hangs",
+        )
 
     def _new_attempt(self, step: int) -> Attempt:
         nth = self._tries.get(step, 0)
         self._tries[step] = nth + 1
-        if self._num_attempts % _SAVES_IN_A_TERM == 0:
-            self._opened = None
-        self._num_attempts += 1
         nonce = nonce_of(self._job.run_id, step, nth)
         self._own_nonces.add(nonce)
         return Attempt(
@@ -279,121 +408,29 @@ class CheckpointManager:
             deadline=monotonic() + self._timeout_s,
         )
 
-    def _layout_for(self, tensors: dict[str, torch.Tensor]) -> StagedLayout:
-        signature = plan_signature(tensors, rank=self.rank, world_size=self.world_size)
-        if self._layout is not None and self._layout.plan.signature == signature:
-            return self._layout
-        plan = make_plan(tensors, rank=self.rank, world_size=self.world_size)
-        images = StagedLayout.images_of(plan)
-        size_bytes = sum(image.size_bytes for image in images)
-        self._layout = None
-        if self._arena is None or self._arena.size_bytes != size_bytes:
-            if self._arena is not None:
-                self._arena.close()
-            self._arena = Arena(root_id=self._root_id, rank=self.rank, size_bytes=size_bytes)
-        self._layout = StagedLayout(plan, images, self._arena)
-        return self._layout
-
-    def prewarm(self, tree: dict[str, Any]) -> None:
-        """Allocate and touch the staging memory for `tree` now, so that the first save costs what the second does."""
-        self._check_usable()
+    def _lay_out(self, view: TreeView, signature: Signature, holders: Holders) -> None:
+        """Have the slots laid out for this tree."""
+        key = signature, holders
+        if self._slots.key == key:
+            return
         self._settle()
-        self._layout_for(view_tree(tree).tensors)
-
-    # ------------------------------------------------------------------------------------- on the background's threads
-
-    def _open_once(self, deadline: float) -> Future[None]:
-        """The future of this run's term in the log; opened by the first save (and now and then), never by a restore."""
-        if self._opened is None or (self._opened.done() and self._opened.exception() is not None):
-            self._opened = self._threads.submit(self._open_term, deadline)
-        return self._opened
-
-    def _open_term(self, deadline: float) -> None:
-        if self.rank == 0:
-            rewind_to = self._rewind_to
-            above = self._term
-            abandoned: dict[int, LiveStep] = {}
-            record = self._log.append(
-                _noting_retired(
-                    abandoned,
-                    lambda head: open_record(head, self._job.run_id, rewind_to=rewind_to, above_term=above),
-                )
-            )
-            self._retirement.add(step_directory(step, live.nonce) for step, live in abandoned.items())
-        else:
-            record = wait_for_own_term(self._log, self._job.run_id, self._term, deadline)
-        self._term, self._rewind_to = record.term, None
-
-    def _persist(self, handle: SaveHandle, staged: "_Staged") -> None:
-        try:
-            self._make_durable(handle, staged)
-        except BaseException as error:
-            logger.error("step %d was not committed: %s", staged.attempt.step, error)
-            self._tell_failure(staged.attempt, error)
-            handle.fail(error)  # whoever waits for the handle gets it; a hanging write below must not hold it back
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            staged.blobs.abort()
-        if self.rank == 0:
-            self._retirement.resume(self._own_nonces)
-
-    def _make_durable(self, handle: SaveHandle, staged: "_Staged") -> None:
-        attempt = staged.attempt
-        staged.blobs.checksums_done(attempt.deadline)
-        assert self._arena is not None
-        self._arena.mark("FULL", step=attempt.step, nonce=attempt.nonce)
-        infos = staged.blobs.finish()
-        for path, data in staged.states.items():
-            self._store.put(f"{attempt.directory}/{path}", data)
-        fragment = Fragment(
+        plan = make_plan(
+            view.tensors,
             rank=self.rank,
             world_size=self.world_size,
-            host=self._host,
-            plan_hash=staged.tree_hash,
-            held=[piece.chunk for piece in staged.plan.held],
-            written=staged.blobs.written_chunks(),
-            blobs=infos,
-            states=[
-                StateInfo(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for path, data in staged.states.items()
-            ],
+            held=holders,
+            buffers=view.buffers,
         )
-        self._store.create(attempt.fragment_key(self.rank), fragment.to_bytes())
-        handle.reach("local")
-        if self.rank == 0:
-            self._commit(attempt, fragment, staged.metrics)
-        else:
-            wait_for_verdict(self._store, attempt, self._log)
-        handle.reach("committed")
-        logger.info("step %d is committed under %s", attempt.step, self._store.url)
+        self._slots.prepare(plan, key)
 
-    def _commit(self, attempt: Attempt, own: Fragment, metrics: Mapping[str, float]) -> None:
-        manifest = collect_fragments(self._store, attempt, own)
-        write_manifest(self._store, attempt, manifest)
-        retired: dict[int, LiveStep] = {}
-        self._log.append(
-            _noting_retired(
-                retired,
-                lambda head: commit_record(
-                    head,
-                    term=self._term,
-                    step=attempt.step,
-                    nonce=attempt.nonce,
-                    manifest_sha256=manifest.sha256,
-                    metrics=metrics,
-                    keep=self._keep,
-                ),
-            )
-        )
-        self._retirement.add(step_directory(step, live.nonce) for step, live in retired.items())
-
-    def _tell_failure(self, attempt: Attempt, error: BaseException) -> None:
-        """Best effort: a store that fails now is why we are here; the others' deadline covers it."""
-        try:
-            (give_up if self.rank == 0 else report_failure)(self._store, attempt, error)
-        except StokerError as also:
-            logger.warning("could not report the failure of step %d: %s", attempt.step, also)
+    def prewarm(self, tree: dict[str, Any]) -> None:
+        """Allocate and touch the staging memory for `tree` now, so that the first save costs what later ones do."""
+        self._check_usable()
+        self._settle()
+        view = view_tree(tree)
+        signature = plan_signature(view.tensors, rank=self.rank, world_size=self.world_size)
+        self._lay_out(view, signature, self._roster.assumed())
+        self._slots.grow(wait=True)
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -425,7 +462,8 @@ class CheckpointManager:
         """Restore `tree` in place from a committed step, the newest by default. Every rank calls it.
 
         Tensors are written in place, ``Stateful`` objects get ``load_state_dict``, nested dicts of plain values are
-        updated in place. World size and sharding may differ from the saving job's. Every byte is verified.
+        updated in place. World size and sharding may differ from the saving job's. Every byte is verified, and comes from
+        the nearest copy that has it right: arenas in this node's shared memory, its own disk, the root.
 
         Args:
             tree: what to restore; the same items as at ``save``.
@@ -444,14 +482,33 @@ class CheckpointManager:
         found, live, newest = self._resolve(step)
         directory = step_directory(found, live.nonce)
         manifest = read_manifest(self._store, directory, live)
-        reader = StepReader(self._store, directory, manifest)
-        report = restore_tree(tree, reader, rank=self.rank, step=found, names=names, strict=strict)
+        nearer: list[NearCopy] = [ArenaCopy(self._root_id, live.nonce)]
+        if self._local is not None and self._local.has(directory):
+            nearer.append(LocalCopy(self._local, directory))
+        with ExitStack() as stack:
+            for copy in nearer:
+                stack.callback(copy.close)
+            reader = StepReader(self._store, directory, manifest, nearer=nearer)
+            report = restore_tree(
+                tree,
+                reader,
+                rank=self.rank,
+                step=found,
+                names=names,
+                strict=strict,
+                of_all_ranks=self._job.of_all_ranks,
+            )
         if step is None:
-            self._rewind_to = None
-        elif self._opened is None or newest > found:
+            self._term.stay()
+        elif not self._term.is_open or newest > found:
             # Also without newer steps: whoever saved last may add one before this run opens its term.
-            self._rewind_to, self._opened = found, None
-        return replace(report, seconds=perf_counter() - started)
+            self._term.rewind_to(found)
+        return replace(
+            report,
+            seconds=perf_counter() - started,
+            bytes_from=dict(reader.bytes_from),
+            num_healed=reader.num_healed,
+        )
 
     def _resolve(self, step: int | None) -> tuple[int, LiveStep, int]:
         """One (step, nonce) for all ranks, and the newest step."""
@@ -504,25 +561,47 @@ class CheckpointManager:
         Raises:
             DeadlineExceeded: the save did not end in time; it goes on, and its memory stays until it has.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:
             return
-        if self._pending is not None and not wait([self._pending[1]], timeout_s).done:
+        deadline = monotonic() + timeout_s
+        wait([one[1] for one in self._pending], timeout_s)
+        if not self._slots.wait_all_free(max(0.0, deadline - monotonic())):
             raise DeadlineExceeded(
                 "the last save must end before the manager is closed",
                 value=f"still going after {timeout_s} s",
-                place=f"step {self._pending[0].step}",
+                place=f"step {self._pending[-1][0].step}" if self._pending else self._store.url,
             )
         self._closed = True
+        atexit.unregister(self._at_exit)
         self._stop.close()
-        self._persister.shutdown(wait=True)
+        self._hooks.close()
+        # The node's disk may be the last to be written; it reads from the arenas.
+        pools = (self._background, self._sealer, self._copier, self._checksums, self._threads, self._local_threads)
+        for pool in pools:
+            pool.shutdown()
         self._retirement.close()
-        self._threads.shutdown(wait=True)
-        self._layout = None
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        self._slots.close()
         self._store.close()
-        self._settle()
+        self._raise_failures()
+
+    def _finish_at_exit(self) -> None:
+        """The interpreter ends without close(): wait for what is pending, each save by its own deadline."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        deadline = max((one[2] for one in self._pending), default=0.0)
+        left = wait([one[1] for one in self._pending], max(0.0, deadline + _EXIT_GRACE_S - monotonic())).not_done
+        if not left:
+            self._slots.wait_all_free(
+                max(0.0, deadline + _EXIT_GRACE_S - monotonic())
+            )  # for the copy on the node's disk
+            self._slots.close()
+            return
+        logger.error(
+            "%s: %d saves have not ended, and this process has; what they staged stays in shared memory, and the next "
+            "start on this node commits it",
+            self._store.url,
+            len(left),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -537,38 +616,17 @@ class CheckpointManager:
             logger.error("while closing %s: %s", self._store.url, failure)
 
 
-def _noting_retired(retired: dict[int, LiveStep], transition: Transition) -> Transition:
-    """`transition`, which leaves in `retired` the steps that its record drops."""
-
-    def noting(head: Record | None) -> Record:
-        record = transition(head)
-        if head is not None and record is not head:  # not the second look, which finds the record there
-            retired.clear()
-            retired.update({step: live for step, live in head.live.items() if step not in record.live})
-        return record
-
-    return noting
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Staged:
-    """What the background needs to finish a save."""
-
-    attempt: Attempt
-    blobs: BlobSave
-    plan: Plan
-    states: dict[str, bytes]
-    tree_hash: str
-    metrics: dict[str, float]
+def _finish_at_exit(own: "weakref.ref[CheckpointManager]") -> None:
+    manager = own()
+    if manager is not None:
+        manager._finish_at_exit()
 
 
 def _tree_hash(view: TreeView) -> str:
-    """Of items, names, dtypes and shapes: what every rank of a job must agree on."""
+    """Of the items: what every rank of a job must agree on. Pipeline stages have different tensors in them."""
     digest = hashlib.blake2b(digest_size=16)
     for item in view.items.values():
-        digest.update(repr((item.name, item.kind)).encode())
-    for name, tensor in view.tensors.items():
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(repr((item.name, item.kind, item.rank_local)).encode())
     return digest.hexdigest()
 
 

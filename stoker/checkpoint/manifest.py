@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +59,7 @@ __all__ = [
     "CRC_BLOCK_BYTES",
     "VERSION",
     "BlobInfo",
+    "Columns",
     "Fragment",
     "Manifest",
     "StateInfo",
@@ -206,19 +207,59 @@ class Fragment:
             UnknownVersion: written by a newer major version.
         """
         row = read_row(data, kind="stoker.fragment", version=VERSION, types=_FRAGMENT_TYPES, place=place)
+        tensors, blobs = read_tensors(row["tensors"], place), read_blobs(row["blobs"], place)
+        held = read_boxes(columns_of(row["held"], place), tensors, place)
+        columns = columns_of(row["written"], place)
+        written = read_boxes(columns, tensors, place)
+        return cls.of_columns(
+            rank=row["rank"][0].as_py(),
+            world_size=row["world_size"][0].as_py(),
+            host=row["host"][0].as_py(),
+            plan_hash=row["plan_hash"][0].as_py(),
+            tensors=tensors,
+            # The rule where nothing is replicated: no need to keep it twice.
+            held=written if held.equals(written) else held,
+            written=written,
+            spans=read_spans(columns, blobs, place),
+            blobs=blobs,
+            states=read_states(row["states"], place),
+        )
+
+    @classmethod
+    def of_columns(
+        cls,
+        *,
+        rank: int,
+        world_size: int,
+        host: str,
+        plan_hash: str,
+        tensors: Tensors,
+        held: Boxes,
+        written: Boxes,
+        spans: Spans,
+        blobs: Iterable[BlobInfo],
+        states: Iterable[StateInfo] = (),
+    ) -> Self:
+        """A fragment from tables, which it keeps; `spans` says where each of `written` is. Nothing is checked."""
         self = cls.__new__(cls)
-        self.rank, self.world_size = row["rank"][0].as_py(), row["world_size"][0].as_py()
-        self.host, self.plan_hash = row["host"][0].as_py(), row["plan_hash"][0].as_py()
-        self._tensors = read_tensors(row["tensors"], place)
-        self.blobs = read_blobs(row["blobs"], place)
-        self.states = read_states(row["states"], place)
-        self._held = read_boxes(columns_of(row["held"], place), self._tensors, place)
-        written = columns_of(row["written"], place)
-        self._written = read_boxes(written, self._tensors, place)
-        self._spans = read_spans(written, self.blobs, place)
-        if self._held.equals(self._written):  # the rule where nothing is replicated: no need to keep it twice
-            self._held = self._written
+        self.rank, self.world_size, self.host, self.plan_hash = rank, world_size, host, plan_hash
+        self.blobs, self.states = tuple(blobs), tuple(states)
+        self._tensors, self._held, self._written, self._spans = tensors, held, written, spans
         return self
+
+
+class Columns(NamedTuple):
+    """Chunks ordered by tensor: those of tensor `i` are the rows ``[starts[i], starts[i + 1])``.
+
+    Attributes:
+        boxes: offsets and shape, (n, D), filled up with 0 and 1 beyond a tensor's own dimensions.
+        spans: where the bytes are; `blob` counts :attr:`Manifest.blobs` in order.
+        starts: (tensors + 1,).
+    """
+
+    boxes: Boxes
+    spans: Spans
+    starts: Ints
 
 
 class Manifest:
@@ -278,6 +319,11 @@ class Manifest:
         return tuple(self.blobs.values())
 
     @property
+    def columns(self) -> "Columns":
+        """The chunks as columns; not to be changed."""
+        return Columns(boxes=self._boxes, spans=self._spans, starts=self._starts)
+
+    @property
     def num_chunks(self) -> int:
         """Chunks of all tensors."""
         return len(self._boxes)
@@ -290,7 +336,8 @@ class Manifest:
     def __contains__(self, name: object) -> bool:
         return name in self._index
 
-    def _tensor_index(self, name: str) -> int:
+    def index_of(self, name: str) -> int:
+        """A tensor's place in :attr:`tensor_names`. Raises TreeMismatch."""
         if name not in self._index:
             raise TreeMismatch("no tensor of that name in the checkpoint", value=name, place="manifest")
         return self._index[name]
@@ -301,11 +348,11 @@ class Manifest:
         Raises:
             TreeMismatch: there is none of that name; ``name in manifest`` asks first.
         """
-        return self._tensors.info(self._tensor_index(name))
+        return self._tensors.info(self.index_of(name))
 
     def chunks_of(self, name: str) -> list[WrittenChunk]:
         """A tensor's chunks by offsets; together they are the tensor, each element once. Raises TreeMismatch."""
-        i = self._tensor_index(name)
+        i = self.index_of(name)
         rows = range(int(self._starts[i]), int(self._starts[i + 1]))
         return written_objects(self._tensors, self._boxes, self._spans, self._blob_list, rows)
 

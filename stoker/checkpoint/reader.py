@@ -4,11 +4,13 @@ Needs no torch: the command line verifies a checkpoint with this module alone.
 """
 
 import hashlib
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,12 @@ from ..storage.store import ObjectStore
 from .log import CheckpointLog, LiveStep
 from .manifest import CRC_BLOCK_BYTES, BlobInfo, Manifest
 
+if TYPE_CHECKING:
+    from .nearest import NearCopy
+
 __all__ = ["Span", "StepReader", "read_manifest", "resolve_step"]
+
+logger = logging.getLogger(__name__)
 
 _READ_BYTES = 8 << 20
 """One read: CRC blocks are coalesced up to here."""
@@ -51,14 +58,29 @@ class _Read:
     spans_of_block: Mapping[int, Sequence[Span]]
 
 
-# Guarantees: read() may be called from several threads; each reader thread has its own aligned buffer.
+# Guarantees: read() may be called from several threads; each reader thread has its own aligned buffer. `_lock` guards
+# `bytes_from` and `num_healed`.
 class StepReader:
-    """Reads from the blobs of one step. `directory` is the step's key below the store's root."""
+    """Reads from the blobs of one step: each block from the nearest copy that has it right.
 
-    def __init__(self, store: ObjectStore, directory: str, manifest: Manifest) -> None:
+    Args:
+        directory: the step's key below the store's root.
+        nearer: copies to ask before the root, the nearest first.
+
+    Attributes:
+        bytes_from: bytes of blobs that were delivered, by tier; the store's is called ``"root"``.
+        num_healed: blocks that a nearer copy had wrong.
+    """
+
+    def __init__(
+        self, store: ObjectStore, directory: str, manifest: Manifest, *, nearer: "Sequence[NearCopy]" = ()
+    ) -> None:
         self.manifest = manifest
-        self._store, self._directory = store, directory
+        self.bytes_from: dict[str, int] = {}
+        self.num_healed = 0
+        self._store, self._directory, self._nearer = store, directory, nearer
         self._local = threading.local()
+        self._lock = threading.Lock()
 
     @property
     def place(self) -> str:
@@ -89,6 +111,10 @@ class StepReader:
     def read_state(self, path: str) -> bytes:
         """One state file, checked against size and SHA-256 in the manifest."""
         info = self.manifest.states[path]
+        for copy in self._nearer:
+            near = copy.document(path)
+            if near is not None and hashlib.sha256(near).hexdigest() == info.sha256:
+                return near
         data = bytes(self._store.get(self.key(path)))
         got = hashlib.sha256(data).hexdigest()
         if got != info.sha256:
@@ -121,21 +147,57 @@ class StepReader:
                 pass
 
     def _serve(self, read: _Read) -> None:
-        damaged = self._deliver(read)
-        if damaged is not None:  # a flip on the way is gone the second time; one at rest is not
-            counters.add("ckpt.restore.rereads")
-            damaged = self._deliver(read)
-        if damaged is not None:
-            raise damaged
+        reads = [read]
+        for copy in self._nearer:
+            reads = [left for one in reads for left in self._serve_from(copy, one)]
+        for one in reads:
+            damaged = self._deliver(one)
+            if damaged:  # a flip on the way is gone the second time; one at rest is not
+                counters.add("ckpt.restore.rereads")
+                damaged = self._deliver(one)
+            if damaged:
+                raise damaged[0]
+            self._count("root", one.end - one.start)
         counters.add("ckpt.restore.bytes", read.end - read.start)
 
-    def _deliver(self, read: _Read) -> CorruptBlock | None:
-        """Fetch, then check and copy block by block, while the processor's cache holds the block."""
-        data = self._fetch(read)
+    def _serve_from(self, copy: "NearCopy", read: _Read) -> list[_Read]:
+        """Deliver what a nearer copy has right; returns the rest."""
+        left = []
+        step = copy.read_bytes or read.end - read.start
+        for start in range(read.start, read.end, step):
+            left += self._serve_part(copy, replace(read, start=start, end=min(start + step, read.end)))
+        return left
+
+    def _serve_part(self, copy: "NearCopy", read: _Read) -> list[_Read]:
+        if not copy.fetch(read.blob.path, read.start, self._buffer()[: read.end - read.start]):
+            return [read]
+        damaged = self._deliver(read, fetched=True)
+        self._count(copy.tier, read.end - read.start - sum(error.end - error.start for error in damaged))
+        for error in damaged:
+            logger.warning(
+                "%s: bytes [%d, %d) are damaged in tier %s; taking them from the next",
+                self.key(read.blob.path), error.start, error.end, copy.tier,
+            )  # fmt: skip
+        if damaged:
+            counters.add(f"ckpt.restore.{copy.tier}.bad_blocks", len(damaged))
+            with self._lock:
+                self.num_healed += len(damaged)
+        return [replace(read, start=error.start, end=error.end) for error in damaged]
+
+    def _count(self, tier: str, num_bytes: int) -> None:
+        counters.add(f"ckpt.restore.{tier}.bytes", num_bytes)
+        with self._lock:
+            self.bytes_from[tier] = self.bytes_from.get(tier, 0) + num_bytes
+
+    def _deliver(self, read: _Read, *, fetched: bool = False) -> list[CorruptBlock]:
+        """Fetch, then check and copy block by block, while the processor's cache holds the block; returns what is bad."""
+        data = np.frombuffer(self._buffer()[: read.end - read.start], np.uint8) if fetched else self._fetch(read)
+        found = []
         for start in range(read.start, read.end, CRC_BLOCK_BYTES):
             damaged = self._damage(read, data, start)
             if damaged is not None:
-                return damaged
+                found.append(damaged)
+                continue
             stop = min(start + CRC_BLOCK_BYTES, read.end)
             for span in read.spans_of_block.get(start // CRC_BLOCK_BYTES, ()):
                 first, last = max(span.start, start), min(span.end, stop)
@@ -143,13 +205,17 @@ class StepReader:
                 np.copyto(
                     span.sink[first - span.start : last - span.start], data[first - read.start : last - read.start]
                 )
-        return None
+        return found
 
-    def _fetch(self, read: _Read) -> NDArray[np.uint8]:
+    def _buffer(self) -> memoryview:
+        """This thread's."""
         buffer: memoryview | None = getattr(self._local, "buffer", None)
         if buffer is None:
             buffer = self._local.buffer = _posix.aligned_buffer(_READ_BYTES)
-        part = buffer[: read.end - read.start]
+        return buffer
+
+    def _fetch(self, read: _Read) -> NDArray[np.uint8]:
+        part = self._buffer()[: read.end - read.start]
         self._store.get_into(self.key(read.blob.path), part, read.start)
         return np.frombuffer(part, np.uint8)
 

@@ -1,34 +1,36 @@
 """From a committed step back into live objects, for any world size and sharding.
 
-Every rank works out which bytes its own chunks need: the overlap of two hyper-rectangles. An overlap that is one run of
-bytes on both sides is read straight to its place; any other goes through one temporary buffer and a strided copy.
+Every rank works out which bytes its own chunks need (:mod:`._select`), after all differences between tree and checkpoint
+are known and before anything is written.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import TreeMismatch
+from ..errors import StokerError, TreeMismatch
 from . import values
+from ._select import select
 from .blob import Chunk
-from .manifest import TensorInfo, WrittenChunk
-from .plan import dtype_name, local_part, local_pieces
-from .reader import Span, StepReader
+from .manifest import TensorInfo
+from .plan import dtype_name, local_pieces
+from .reader import StepReader
 from .tree import (
     Stateful,
     TreeView,
     empty_state,
     group_differences,
     names_of_parameters,
+    own_part,
     parameter_names,
     put_at,
     restore_optimizer,
     state_path,
+    unite_documents,
     update_in_place,
     view_tree,
 )
@@ -47,6 +49,8 @@ class RestoreReport:
         values: the plain values at the top level of the tree, as restored.
         num_bytes: bytes that this rank read, each verified.
         seconds: wall time.
+        bytes_from: `num_bytes` by the tier they came from: ``"arena"``, ``"local"``, ``"root"``.
+        num_healed: blocks that were damaged in a nearer tier and came from the next one.
     """
 
     step: int
@@ -55,6 +59,8 @@ class RestoreReport:
     values: dict[str, Any] = field(default_factory=dict)
     num_bytes: int = 0
     seconds: float = 0.0
+    bytes_from: dict[str, int] = field(default_factory=dict)
+    num_healed: int = 0
 
 
 # -------------------------------------------------------------------------------------------------------------- tensors
@@ -65,79 +71,24 @@ def read_tensors(reader: StepReader, targets: Mapping[str, torch.Tensor]) -> int
 
     Names, shapes and dtypes must match the manifest: the caller has checked them.
     """
-    pieces = (
-        (piece.chunk, local_part(tensor)) for name, tensor in targets.items() for piece in local_pieces(name, tensor, 1)
+    return read_boxes(
+        reader,
+        (
+            (piece.chunk, piece.memory(tensor))
+            for name, tensor in targets.items()
+            for piece in local_pieces(name, tensor, 1)
+        ),
     )
-    return read_boxes(reader, ((chunk, memory, reader.manifest.chunks_of(chunk.name)) for chunk, memory in pieces))
 
 
-@torch.no_grad()
-def read_boxes(reader: StepReader, boxes: Iterable[tuple[Chunk, torch.Tensor, Iterable[WrittenChunk]]]) -> int:
-    """Fill the memory of each box from the written chunks given with it. Returns the bytes read.
-
-    A box is (its place in its tensor, its memory, of the tensor's dtype and any strides, chunks that cover it).
-    """
-    wanted: dict[str, list[Span]] = {}
-    strided: list[Callable[[], object]] = []
-    for mine, memory, chunks in boxes:
-        for written in chunks:
-            _want(mine, memory, written, wanted, strided)
-    num_bytes = reader.read(wanted)
-    for copy in strided:
-        copy()
+def read_boxes(reader: StepReader, boxes: Iterable[tuple[Chunk, torch.Tensor]]) -> int:
+    """Fill the memory of each box: (its place in its tensor, its memory). Returns the bytes read."""
+    selection = select(reader.manifest, boxes)
+    num_bytes = reader.read(selection.wanted)
+    with torch.no_grad():
+        for copy in selection.copies:
+            copy()
     return num_bytes
-
-
-def _want(
-    mine: Chunk,
-    memory: torch.Tensor,
-    written: WrittenChunk,
-    wanted: dict[str, list[Span]],
-    strided: list[Callable[[], object]],
-) -> None:
-    """Add what `mine` needs of a written chunk."""
-    theirs = written.chunk
-    starts = [max(a, b) for a, b in zip(mine.offsets, theirs.offsets, strict=True)]
-    sizes = [
-        min(a + m, b + n) - start
-        for a, m, b, n, start in zip(mine.offsets, mine.shape, theirs.offsets, theirs.shape, starts, strict=True)
-    ]
-    if any(size <= 0 for size in sizes):
-        return
-    strides = _row_major_strides(theirs.shape)
-    in_theirs = [start - offset for start, offset in zip(starts, theirs.offsets, strict=True)]
-    first = sum(i * stride for i, stride in zip(in_theirs, strides, strict=True))
-    region = memory[tuple(slice(s - o, s - o + n) for s, o, n in zip(starts, mine.offsets, sizes, strict=True))]
-    itemsize = memory.dtype.itemsize
-    byte_start = written.byte_offset + first * itemsize
-    if _is_one_run(sizes, theirs.shape) and region.is_contiguous() and region.device.type == "cpu":
-        # Not view(-1): a contiguous tensor may have any stride in a dimension of one.
-        sink = region.as_strided((region.numel(),), (1,)).view(torch.uint8).numpy()
-        wanted.setdefault(written.blob, []).append(Span(start=byte_start, sink=sink))
-        return
-    last = first + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    buffer = torch.empty((last - first + 1) * itemsize, dtype=torch.uint8)
-    wanted.setdefault(written.blob, []).append(Span(start=byte_start, sink=buffer.numpy()))
-    source = torch.as_strided(buffer.view(memory.dtype), sizes, strides)
-    strided.append(lambda: region.copy_(source))
-
-
-def _row_major_strides(shape: Sequence[int]) -> list[int]:
-    return [prod(shape[i + 1 :]) for i in range(len(shape))]
-
-
-def _is_one_run(sizes: Sequence[int], shape: Sequence[int]) -> bool:
-    """Whether a box of `sizes` is contiguous in a row-major array of `shape`.
-
-    >>> _is_one_run([2, 8], [4, 8]), _is_one_run([1, 3], [4, 8]), _is_one_run([2, 3], [4, 8]), _is_one_run([], [])
-    (True, True, False, True)
-    """
-    partial = False
-    for size, extent in zip(reversed(sizes), reversed(shape), strict=True):
-        if partial and size != 1:
-            return False
-        partial = partial or size != extent
-    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------- tree
@@ -151,14 +102,26 @@ def restore_tree(
     step: int,
     names: Sequence[str] | None,
     strict: bool,
+    of_all_ranks: Callable[[Any], list[Any]],
 ) -> RestoreReport:
     """Restore `tree` in place from the step behind `reader`, as rank `rank`.
+
+    `of_all_ranks` gives each rank the values of all: what one rank of a job can't restore, no rank does.
 
     Raises:
         TreeMismatch: names, shapes or dtypes differ; all of them in one message, and nothing was written.
     """
-    job = _Restore(tree, reader, rank, names)
-    missing, unexpected = job.compare(strict=strict)
+    try:
+        job = _Restore(tree, reader, rank=rank, step=step, names=names)
+        own = job.compare()
+    except Exception as error:
+        # The others wait for this rank.
+        told = error if isinstance(error, StokerError) else TreeMismatch("a tree is taken apart", value=repr(error))
+        of_all_ranks(told)
+        raise
+    compared: list[_Differences] = of_all_ranks(own)
+    differences = _Differences.of_job(compared, own=own)
+    differences.check(strict=strict)
     targets = job.targets()
     num_bytes = read_tensors(reader, targets)
     job.apply(targets)
@@ -166,30 +129,75 @@ def restore_tree(
         name: tree[name] for name, item in job.view.items.items() if item.kind == "value" and name in job.documents
     }
     return RestoreReport(
-        step=step, missing=tuple(missing), unexpected=tuple(unexpected), values=plain, num_bytes=num_bytes
+        step=step,
+        missing=tuple(differences.missing),
+        unexpected=tuple(differences.unexpected),
+        values=plain,
+        num_bytes=num_bytes,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Differences:
+    """Between tree and checkpoint: sentences on what does not fit, and names that only one of them has."""
+
+    wrong: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+    @classmethod
+    def of_job(cls, of_ranks: list["_Differences"], *, own: "_Differences") -> "_Differences":
+        """Those of all ranks; unexpected is only what no rank has, since pipeline stages have a part each."""
+        if len(of_ranks) == 1:
+            return own
+        nobody = set.intersection(*(set(one.unexpected) for one in of_ranks))
+        return cls(
+            wrong=list(dict.fromkeys(sentence for one in of_ranks for sentence in one.wrong)),
+            missing=list(dict.fromkeys(name for one in of_ranks for name in one.missing)),
+            unexpected=[name for name in own.unexpected if name in nobody],
+        )
+
+    def check(self, *, strict: bool) -> None:
+        """Raise TreeMismatch unless they are allowed."""
+        if not self.wrong and not (strict and (self.missing or self.unexpected)):
+            return
+        parts = [*self.wrong, *(f"{n}: not in the checkpoint" for n in self.missing)]
+        parts += [f"{n}: only in the checkpoint" for n in self.unexpected]
+        shown = "; ".join(parts[:50]) + (f"; and {len(parts) - 50} more" if len(parts) > 50 else "")
+        hint = "" if self.wrong else "names= restores a part, strict=False what both have"
+        raise TreeMismatch("tree and checkpoint must have the same names and shapes", value=shown, hint=hint)
 
 
 class _Restore:
     """The steps of one restore, in order: compare, targets, apply."""
 
-    def __init__(self, tree: dict[str, Any], reader: StepReader, rank: int, names: Sequence[str] | None) -> None:
-        self.tree, self.manifest, self._rank, self._names = tree, reader.manifest, rank, names
+    def __init__(
+        self, tree: dict[str, Any], reader: StepReader, *, rank: int, step: int, names: Sequence[str] | None
+    ) -> None:
+        self.tree, self.manifest, self._rank, self._step, self._names = tree, reader.manifest, rank, step, names
         self.view: TreeView = view_tree(tree)
         self.names_of = names_of_parameters(tree)
         self.documents: dict[str, dict[str, Any]] = {}
         self._from_another_rank: set[str] = set()
-        for name in self.view.items:
-            path = self._document_path(name)
-            if path is not None:
-                self.documents[name] = values.loads(reader.read_state(path), place=path)
+        self._in_parts: set[str] = set()
+        for name, item in self.view.items.items():
+            parts = [values.loads(reader.read_state(path), place=path) for path in self._document_paths(name)]
+            if parts:
+                document = unite_documents(parts)
+                part = item.kind == "optimizer" or name in self._in_parts
+                self.documents[name] = own_part(document, item) if part else document
 
-    def _document_path(self, name: str) -> str | None:
+    def _document_paths(self, name: str) -> list[str]:
+        """The item's document; several where sets of ranks saved a part each; none if the step has no such item."""
         of_job, own, first = state_path(name), state_path(name, self._rank), state_path(name, 0)
+        parts = sorted(path for path in self.manifest.states if path.startswith(f"state/{name}.part-"))
+        if parts:
+            self._in_parts.add(name)
+            return parts
         if own not in self.manifest.states and first in self.manifest.states:
             self._from_another_rank.add(name)
-            return first
-        return next((path for path in (of_job, own) if path in self.manifest.states), None)
+            return [first]
+        return [path for path in (of_job, own) if path in self.manifest.states][:1]
 
     def _wanted(self, name: str) -> bool:
         """Whether `names` asks for an item or a tensor. A module goes by tensor, any other item as a whole."""
@@ -200,8 +208,8 @@ class _Restore:
             return any(fnmatchcase(item, pattern.split(".", 1)[0]) for pattern in self._names)
         return any(pattern == item or fnmatchcase(name, pattern) for pattern in self._names)
 
-    def compare(self, *, strict: bool) -> tuple[list[str], list[str]]:
-        """All differences between tree and checkpoint; raises unless they are allowed."""
+    def compare(self) -> _Differences:
+        """All differences between tree and checkpoint."""
         saved_items = {path.removeprefix("state/").split(".", 1)[0] for path in self.manifest.states}
         missing = [name for name in self.view.items if name not in saved_items and self._wanted(name)]
         unexpected = sorted(name for name in saved_items - set(self.view.items) if self._wanted(name))
@@ -220,15 +228,17 @@ class _Restore:
             if item is not None and item.kind == "module" and name not in self.view.tensors and self._wanted(name):
                 unexpected.append(name)
         for name, thing in self.tree.items():
-            if isinstance(thing, torch.optim.Optimizer) and name in self.documents and self._wanted(name):
-                wrong += group_differences(name, thing, self.names_of, self.documents[name]["value"])
-        if wrong or (strict and (missing or unexpected)):
-            parts = [*wrong, *(f"{n}: not in the checkpoint" for n in missing)]
-            parts += [f"{n}: only in the checkpoint" for n in unexpected]
-            shown = "; ".join(parts[:50]) + (f"; and {len(parts) - 50} more" if len(parts) > 50 else "")
-            hint = "" if wrong else "names= restores a part, strict=False what both have"
-            raise TreeMismatch("tree and checkpoint must have the same names and shapes", value=shown, hint=hint)
-        return missing, unexpected
+            if name not in self.documents or not self._wanted(name):
+                continue
+            if isinstance(thing, torch.optim.Optimizer):
+                lacking, others = group_differences(name, thing, self.names_of, self.documents[name]["value"])
+                wrong += lacking
+                unexpected += others
+            elif name in self._from_another_rank and not hasattr(thing, "load_for_new_rank"):
+                wrong.append(
+                    f"{name}: rank {self._rank} saved none, and {type(thing).__name__} has no load_for_new_rank"
+                )
+        return _Differences(wrong=wrong, missing=missing, unexpected=unexpected)
 
     def targets(self) -> dict[str, torch.Tensor]:
         """The tensor that each saved one goes to; what the tree does not have yet is made here."""
@@ -238,12 +248,15 @@ class _Restore:
             if isinstance(thing, torch.optim.Optimizer)
             for name, parameter, group in parameter_names(thing, self.names_of)
         }
+        listed = {tensor for document in self.documents.values() for _, tensor in document["tensors"]}
         targets = {}
         for name in self.manifest.tensor_names:
             item = self.view.items.get(name.split(".", 1)[0])
             if item is None or not self._wanted(name):
                 continue
             live = self.view.tensors.get(name)
+            if item.kind != "module" and name not in listed:
+                continue  # of another pipeline stage, or of a parameter that the optimizer has not
             if item.kind == "stateful" or (live is None and item.kind != "module"):
                 targets[name] = self._new(name, live)
             elif live is not None:
@@ -276,7 +289,7 @@ class _Restore:
             elif isinstance(thing, torch.optim.Optimizer):
                 restore_optimizer(thing, self.names_of, value)
             elif name in self._from_another_rank:
-                thing.load_for_new_rank(value, self._rank)
+                thing.load_for_new_rank(value, self._rank, self._step)
             elif isinstance(thing, Stateful):
                 thing.load_state_dict(value)
             else:

@@ -6,37 +6,53 @@ between two objects as soon as a save begins.
 
 import logging
 import threading
-from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from math import inf
 from time import monotonic
 
 from ..errors import StokerError
 from ..storage.store import ObjectStore
+from ._pool import Pool
 from .garbage import announce, find_leftovers
-from .log import CheckpointLog
+from .local import LocalTier
+from .log import CheckpointLog, LiveStep
 
 __all__ = ["Retirement"]
 
 logger = logging.getLogger(__name__)
 
 
-# Guarantees: add(), pause() and resume() may be called from any thread; `_lock` guards `_doomed`. Only directories that
-# a log record has announced as dead are deleted.
+# Guarantees: the methods may be called from any thread; `_lock` guards `_doomed`, `_saving` and `_live`. Only
+# directories that a log record has announced as dead are deleted under the root.
 class Retirement:
-    """Deletes the data of retired steps under one root once `grace_s` has passed.
+    """Deletes the data of retired steps under one root once `grace_s` has passed, and old copies on the node's disk.
 
     Args:
+        is_owner: whether this is rank 0, which looks after the root.
+        own_nonces: of this run's attempts; the set itself, not a copy: a sweep must know the save that begins meanwhile.
         run_note: the note of this run that must stay.
+        local: the node's own disk.
     """
 
-    def __init__(self, store: ObjectStore, log: CheckpointLog, *, grace_s: float, run_note: str) -> None:
-        self._store, self._log, self._grace_s, self._run_note = store, log, grace_s, run_note
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stoker-retire")
+    def __init__(
+        self,
+        store: ObjectStore,
+        log: CheckpointLog,
+        *,
+        grace_s: float,
+        is_owner: bool,
+        own_nonces: AbstractSet[str],
+        run_note: str,
+        local: LocalTier | None,
+    ) -> None:
+        self._store, self._log, self._grace_s = store, log, grace_s
+        self._is_owner, self._own_nonces, self._run_note, self._local = is_owner, own_nonces, run_note, local
+        self._thread = Pool(1, "stoker-retire")
         self._lock = threading.Lock()
         self._doomed: list[tuple[float, str]] = []
-        self._saving = threading.Event()
+        self._saving: set[str] = set()
+        self._live: Mapping[int, LiveStep] = {}
         self._sweep_due = 0.0
 
     def add(self, directories: Iterable[str]) -> None:
@@ -45,32 +61,50 @@ class Retirement:
         with self._lock:
             self._doomed += [(due, directory) for directory in directories]
 
-    def pause(self) -> None:
-        """A save begins."""
-        self._saving.set()
+    def committed(self, live: Mapping[int, LiveStep]) -> None:
+        """The live steps, by a record that is newer than the last one told."""
+        with self._lock:
+            self._live = live
 
-    def resume(self, own_nonces: Collection[str]) -> None:
-        """No save is under way: delete what is due. The first time, look for what dead runs left, too."""
-        self._saving.clear()
-        # The set itself, not a copy: the next save may begin before the sweep, which must know that save's nonce.
-        with suppress(RuntimeError):  # the interpreter is exiting: what is left is found again by the next run
-            self._thread.submit(self._work, own_nonces)
+    def pause(self, nonce: str) -> None:
+        """A save begins. There may be several at once."""
+        with self._lock:
+            self._saving.add(nonce)
 
-    def _work(self, own_nonces: Collection[str]) -> None:
+    def resume(self, nonce: str) -> None:
+        """A save has ended. If no other is under way: delete what is due. The first time, look for what dead runs left."""
+        with self._lock:
+            self._saving.discard(nonce)
+            if self._saving or not (self._is_owner or self._local is not None):
+                return
+        self._thread.submit(self._work)
+
+    def _is_saving(self) -> bool:
+        with self._lock:
+            return bool(self._saving)
+
+    def _work(self) -> None:
         try:
-            if monotonic() >= self._sweep_due:
-                self._sweep_due = inf
-                self._sweep(own_nonces)
-            self._delete_due()
+            if self._is_owner:
+                if monotonic() >= self._sweep_due:
+                    self._sweep_due = inf
+                    self._sweep()
+                self._delete_due()
         except StokerError as error:  # what is left is found again by the next run
             logger.warning("could not delete retired data under %s: %s", self._store.url, error)
+        if self._local is not None:
+            with self._lock:
+                live, spare = self._live, frozenset(self._saving)
+            self._local.retain(live, spare=spare, stop=self._is_saving)
 
-    def _sweep(self, own_nonces: Collection[str]) -> None:
+    def _sweep(self) -> None:
         """Announce attempts of dead runs that were never committed, and steps retired long ago.
 
         Their writers are fenced by this run's term.
         """
-        found = find_leftovers(self._store, self._log, grace_s=self._grace_s, spare=own_nonces, run_note=self._run_note)
+        found = find_leftovers(
+            self._store, self._log, grace_s=self._grace_s, spare=self._own_nonces, run_note=self._run_note
+        )
         head = self._log.head()
         if head is not None:
             self._log.truncate(head)
@@ -91,7 +125,7 @@ class Retirement:
                     return
                 directory = self._doomed[0][1]
             for info in list(self._store.list(f"{directory}/")):
-                if self._saving.is_set():
+                if self._is_saving():
                     return
                 self._store.delete(info.key)
             with self._lock:
@@ -99,4 +133,4 @@ class Retirement:
 
     def close(self) -> None:
         """Finish what is due now and stop."""
-        self._thread.shutdown(wait=True)
+        self._thread.shutdown()

@@ -14,8 +14,8 @@ class RngState:
     """Saves and restores the global generators of ``random``, ``numpy.random``, torch and the accelerator.
 
     Every rank keeps its own document (``rank_local``). Restored at another world size, a rank below the old one takes
-    its own old state; any other derives a new one from (torch seed of rank 0, rank), so that no two ranks repeat each
-    other.
+    its own old state; any other derives a new one from (torch seed of rank 0, rank, step), so that no two ranks, and no
+    two restarts, repeat each other.
 
     >>> rng = RngState(); state = rng.state_dict(); first = random.random()
     >>> rng.load_state_dict(state); random.random() == first
@@ -46,10 +46,10 @@ class RngState:
             device = torch.get_device_module(torch.accelerator.current_accelerator())
             device.set_rng_state(torch.from_numpy(state["accelerator"].copy()))
 
-    def load_for_new_rank(self, state: dict[str, Any], rank: int) -> None:
-        """Seed every generator for a rank that the saved run did not have, from rank 0's saved state."""
-        text = f"{state['torch_seed']}/{rank}".encode()
+    def load_for_new_rank(self, state: dict[str, Any], rank: int, step: int) -> None:
+        """Seed every generator for a rank that the saved run did not have, from rank 0's state as saved at `step`."""
+        text = f"{state['torch_seed']}/{rank}/{step}".encode()
         seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # the accelerators' generators too

@@ -1,26 +1,26 @@
 """One rank's part of a save: tensors into the arena, the arena into files.
 
-Copying and writing overlap: as soon as a stretch of the image is filled, writer threads checksum it and write it around
-the page cache. The sizes here and the number of threads were chosen by trying each beside bare O_DIRECT writes, on 2
-cores and 2 GB of state: the durable rate counted from ``save()`` went from 0.70 of theirs to 0.86.
+Copying and writing overlap: as soon as a stretch of the image is filled, some threads checksum it while others write it
+around the page cache, or upload it, straight from the arena: to the root, and to the node's own disk where there is a
+local tier. The sizes here and the number of threads were chosen by trying each beside bare O_DIRECT writes, on 2 cores
+and 2 GB of state: the durable rate counted from ``save()`` went from 0.70 of theirs to 0.86.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
-from time import monotonic
-from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import DeadlineExceeded
 from ..storage._checksums import crc32c
-from ..storage.store import ObjectStore, ObjectWriter
+from ..storage.store import ObjectStore
 from .arena import Arena
 from .blob import BlobImage, plan_blobs
 from .manifest import CRC_BLOCK_BYTES, BlobInfo, WrittenChunk
+from .overlap import LateCopy
 from .plan import Piece, Plan
+from .targets import BlobTarget
 
 __all__ = ["WRITE_THREADS", "BlobSave", "StagedLayout"]
 
@@ -32,6 +32,9 @@ _WRITE_BYTES = 16 << 20
 """One O_DIRECT write. Shared memory has small pages, each a piece of its own for the disk; 8 MiB gave 3.1 GB/s of 3.3."""
 _SMALL_BYTES = 1 << 20
 """Tensors below this are copied in one call for many: a Python call costs as much as copying 50 KiB."""
+
+_Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
+"""Views of the arena, and the tensors to be copied there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +104,16 @@ class StagedLayout:
 
 
 class BlobSave:
-    """One save of one rank: :meth:`stage` on the caller's thread, then :meth:`finish` on another.
+    """One save of one rank: :meth:`stage` on the caller's thread, the rest on others.
 
     Nothing is visible under a blob's name before :meth:`finish`; :meth:`abort` throws everything away. The first byte
-    goes out only after `may_write` is done: the log must name this run's term first, or a collector could take the data
-    for that of a dead run.
+    goes out to the root only after `may_write` is done: the log must name this run's term first, or a collector could
+    take the data for that of a dead run.
+
+    Args:
+        threads: write to the root.
+        checksum_threads: compute checksums, so that these do not wait for a slow store; by default `threads`.
+        local: where the blobs are written, too.
     """
 
     def __init__(
@@ -115,95 +123,141 @@ class BlobSave:
         store: ObjectStore,
         directory: str,
         rank: int,
-        threads: ThreadPoolExecutor,
+        threads: Executor,
         may_write: Future[None],
+        checksum_threads: Executor | None = None,
+        local: BlobTarget | None = None,
     ) -> None:
-        self._layout, self._store, self._threads = layout, store, threads
+        self.layout = layout
         self.paths = [f"data/{rank:05d}-{n}.safetensors" for n in range(len(layout.images))]
-        self._directory = directory
-        self._may_write = may_write
-        self._writers: list[Future[ObjectWriter]] = []
-        self._writes: list[Future[None]] = []
+        self._root = BlobTarget(store, directory, threads, may_write)
+        self._targets = [self._root] if local is None else [local, self._root]
+        self._checksum_threads = checksum_threads or threads
+        self._checksums: list[Future[None]] = []
+        self._late: Future[None] | None = None
         self._crcs = [np.zeros(-(-image.size_bytes // CRC_BLOCK_BYTES), np.uint32) for image in layout.images]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all blobs, headers and pads included."""
-        return sum(image.size_bytes for image in self._layout.images)
+        return sum(image.size_bytes for image in self.layout.images)
+
+    @property
+    def infos(self) -> list[BlobInfo]:
+        """The blobs with their checksums, once these are there."""
+        return [
+            BlobInfo(path=path, size_bytes=image.size_bytes, crcs=crcs)
+            for path, image, crcs in zip(self.paths, self.layout.images, self._crcs, strict=True)
+        ]
 
     @torch.no_grad()
-    def stage(self, memory_of: Callable[[Piece], torch.Tensor]) -> None:
-        """Copy every piece into the arena; writing starts meanwhile. The sources may change once this returns."""
-        for blob, image in enumerate(self._layout.images):
-            key = f"{self._directory}/{self.paths[blob]}"
-            # Reserving space or starting a multipart upload waits for the disk or the network: not on this thread.
-            self._writers.append(self._threads.submit(self._open_writer, key, image.size_bytes))
-            handed = 0
-            for copy in self._layout.copies[blob]:
-                sources = [memory_of(piece) for piece in copy.pieces]
-                if len(sources) == 1:
-                    copy.targets[0].copy_(sources[0])
-                elif sources:
-                    torch._foreach_copy_(copy.targets, sources)
-                if copy.filled_bytes - handed >= _STRETCH_BYTES or copy.filled_bytes == image.size_bytes:
-                    end = copy.filled_bytes
-                    if end != image.size_bytes:
-                        end -= end % _WRITE_BYTES
-                    self._hand_over(blob, handed, end)
-                    handed = end
+    def stage(self, memory_of: Callable[[Piece], torch.Tensor], later: LateCopy | None = None) -> None:
+        """Copy every piece into the arena; writing starts meanwhile.
 
-    def _open_writer(self, key: str, size_bytes: int) -> ObjectWriter:
-        self._may_write.result()
-        return self._store.open_writer(key, size_bytes)
+        The sources may change once this returns, but for those pieces that `later` takes over: they are copied by its
+        thread, in the order of the files, and handed to the writers from there.
+        """
+        for path, image in zip(self.paths, self.layout.images, strict=True):
+            # Reserving space or starting a multipart upload waits for the disk or the network: not on this thread.
+            for target in self._targets:
+                target.open(path, image.size_bytes)
+        if later is None:
+            for blob in range(len(self.layout.images)):
+                self._copy_and_hand_over(blob, lambda copy: (copy.targets, [memory_of(p) for p in copy.pieces]))
+            return
+        rest: list[list[_Pairs]] = []
+        for copies in self.layout.copies:
+            rest.append([])
+            for copy in copies:
+                now: _Pairs = [], []
+                late: _Pairs = [], []
+                for piece, target_view in zip(copy.pieces, copy.targets, strict=True):
+                    part = late if later.takes(piece) else now
+                    part[0].append(target_view)
+                    part[1].append(memory_of(piece))
+                _copy(*now)
+                later.note(*late)
+                rest[-1].append(late)
+        self._late = later.start(lambda: self._copy_late(rest))
+
+    def write_staged(self) -> None:
+        """Instead of :meth:`stage`: write what the arena holds already."""
+        for path, image in zip(self.paths, self.layout.images, strict=True):
+            for target in self._targets:
+                target.open(path, image.size_bytes)
+        for blob in range(len(self.layout.images)):
+            self._copy_and_hand_over(blob, lambda _: ([], []))
+
+    @torch.no_grad()
+    def _copy_late(self, rest: list[list[_Pairs]]) -> None:
+        for blob, parts in enumerate(rest):
+            waiting = iter(parts)
+            self._copy_and_hand_over(blob, lambda _, waiting=waiting: next(waiting))  # type: ignore[misc]
+
+    def _copy_and_hand_over(self, blob: int, parts_of: Callable[[_Copy], _Pairs]) -> None:
+        size_bytes, handed = self.layout.images[blob].size_bytes, 0
+        for copy in self.layout.copies[blob]:
+            _copy(*parts_of(copy))
+            if copy.filled_bytes - handed >= _STRETCH_BYTES or copy.filled_bytes == size_bytes:
+                end = copy.filled_bytes
+                if end != size_bytes:
+                    end -= end % _WRITE_BYTES
+                self._hand_over(blob, handed, end)
+                handed = end
 
     def _hand_over(self, blob: int, start: int, end: int) -> None:
+        base = self.layout.starts[blob]
         for at in range(start, end, _WRITE_BYTES):
-            self._writes.append(self._threads.submit(self._write, blob, at, min(at + _WRITE_BYTES, end)))
+            stop = min(at + _WRITE_BYTES, end)
+            data = self.layout.arena.view(base + at, base + stop)
+            self._checksums.append(self._checksum_threads.submit(self._checksum, blob, at, data))
+            for target in self._targets:
+                target.write(self.paths[blob], at, data)
 
-    def _write(self, blob: int, start: int, end: int) -> None:
-        base = self._layout.starts[blob]
-        data = self._layout.arena.view(base + start, base + end)
+    def _checksum(self, blob: int, start: int, data: memoryview) -> None:
         for at in range(0, len(data), CRC_BLOCK_BYTES):
             self._crcs[blob][(start + at) // CRC_BLOCK_BYTES] = crc32c(data[at : at + CRC_BLOCK_BYTES])
-        self._writers[blob].result().write_at(start, data)
+
+    def copied(self, deadline: float) -> None:
+        """Wait until every byte is in the arena and has its checksum; raises the first error of any of them.
+
+        Raises:
+            DeadlineExceeded: not by `deadline` (of :func:`time.monotonic`).
+        """
+        if self._late is not None:
+            self._root.await_all([self._late], deadline)
+        self._root.await_all(self._checksums, deadline)
 
     def checksums_done(self, deadline: float) -> None:
-        """Wait for every checksum and write; raises the first error of any of them.
+        """Wait for every checksum, and for every write to the root; raises the first error of any of them.
 
         Raises:
             DeadlineExceeded: they were not done by `deadline` (of :func:`time.monotonic`).
         """
-        running: list[Future[Any]] = [self._may_write, *self._writes]
-        done, pending = wait(running, timeout=max(0.0, deadline - monotonic()))
-        for future in done:
-            future.result()
-        if pending:
-            raise DeadlineExceeded(
-                "all writes must end by the deadline of the save",
-                value=f"{len(pending)} of {len(running)} pending",
-                place=self._store.place(self._directory),
-            )
+        self.copied(deadline)
+        self._root.written(deadline)
 
     def finish(self) -> list[BlobInfo]:
-        """Make the blobs durable under their names and read back each size."""
-        blobs = []
-        for path, writer, image, crcs in zip(self.paths, self._writers, self._layout.images, self._crcs, strict=True):
-            info = writer.result().commit()
-            if info.size != image.size_bytes:
-                raise OSError(f"{self._store.place(self._directory)}/{path}: {info.size} bytes, not {image.size_bytes}")
-            blobs.append(BlobInfo(path=path, size_bytes=image.size_bytes, crcs=crcs))
-        return blobs
+        """Make the blobs durable under their names in the root and read back each size."""
+        self._root.finish()
+        return self.infos
 
     def written_chunks(self) -> list[WrittenChunk]:
         """Where each chunk of this rank is."""
-        return self._layout.written_chunks(self.paths)
+        return self.layout.written_chunks(self.paths)
 
     def abort(self) -> None:
-        """Stop writing and throw away what has no name yet. Waits for writes that already run."""
-        running: list[Future[Any]] = [*self._writes, *self._writers]
-        for future in running:
+        """Stop writing and throw away what has no name yet. Waits for what already runs, but not for the local tier."""
+        if self._late is not None:
+            wait([self._late])
+        for future in self._checksums:
             future.cancel()
-        wait(running)
-        for writer in self._writers:
-            if not writer.cancelled() and writer.exception() is None:
-                writer.result().abort()
+        wait(self._checksums)
+        self._root.abort()
+
+
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    if len(sources) == 1:
+        targets[0].copy_(sources[0])
+    elif sources:
+        torch._foreach_copy_(targets, sources)

@@ -10,22 +10,38 @@ what it should only read. Optimizer state is named by the parameter's name in th
 order of parameter groups and another world size.
 """
 
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError, UnsupportedState
+from . import values
 
-__all__ = ["Item", "Stateful", "TreeView", "state_path", "view_tree"]
+__all__ = [
+    "Documents",
+    "Item",
+    "Stateful",
+    "TreeView",
+    "own_part",
+    "part_path",
+    "state_path",
+    "unite_documents",
+    "view_tree",
+]
 
 # Wrappers that add a component to every name inside them; the names without it are the model's own.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _MAX_DEPTH = 64
 
 Path = tuple[Any, ...]
+NamesOf = Mapping[int, tuple[str, str]]
+"""(item, clean name) of a parameter, by its id."""
 
 
 @runtime_checkable
@@ -56,28 +72,66 @@ class Item:
 
     def document(self) -> dict[str, Any]:
         """What ``state/{name}.json`` holds."""
-        paths = [[list(path), name] for path, name in self.tensors]
-        return {"kind": self.kind, "value": self.value, "tensors": paths}
+        return {"kind": self.kind, "value": self.value, "tensors": self._places()}
+
+    def _places(self) -> list[list[Any]]:
+        return [[list(path), name] for path, name in self.tensors]
+
+
+class Documents:
+    """Encodes value documents, and keeps what of them is the same from save to save: where the tensors are."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, tuple[list[tuple[Path, str]], str]] = {}
+
+    def encode(self, item: Item) -> bytes:
+        """The bytes of ``state/{name}.json``; raises UnsupportedState, with the path in the tree."""
+        known = self._places.get(item.name)
+        if known is None or known[0] != item.tensors:
+            known = self._places[item.name] = item.tensors, values.encode(item._places(), place=item.name)
+        plain = {"kind": item.kind, "value": item.value}
+        return values.dumps(plain, place=item.name, encoded={"tensors": known[1]})
 
 
 @dataclass(kw_only=True)
 class TreeView:
-    """A tree taken apart: all tensors by name, and the items. Tensors are the live ones, nothing is copied."""
+    """A tree taken apart: all tensors by name, and the items. Tensors are the live ones, nothing is copied.
+
+    `buffers` names the tensors that are buffers of modules.
+    """
 
     tree: dict[str, Any]
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     items: dict[str, Item] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
 
     def add(self, name: str, tensor: torch.Tensor, place: str) -> str:
         """Register a tensor; two paths that give one dotted name are refused, since neither could be restored."""
         if name in self.tensors:
             raise UnsupportedState("two places in the tree must not share a dotted name", value=name, place=place)
+        if type(tensor) not in _PLAIN_TENSORS and _is_foreign(tensor):
+            raise UnsupportedState(
+                "a tensor must be a plain one or a DTensor",
+                value=type(tensor).__name__,
+                place=place,
+                hint="save the tensors that it is made of",
+            )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UnsupportedState(
                 "a tensor must be dense and have its data", value=f"{tensor.layout}, {tensor.device}", place=place
             )
         self.tensors[name] = tensor
         return name
+
+
+_PLAIN_TENSORS = frozenset({torch.Tensor, nn.Parameter, DTensor})
+
+
+def _is_foreign(tensor: torch.Tensor) -> bool:
+    """Whether copying its elements would lose what a subclass keeps elsewhere, scales or shards, or it has none as yet."""
+    if isinstance(tensor, DTensor):
+        return False
+    return is_lazy(tensor) or type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def state_path(item: str, rank: int | None = None) -> str:
@@ -87,6 +141,15 @@ def state_path(item: str, rank: int | None = None) -> str:
     ('state/optimizer.json', 'state/rng.00003.json')
     """
     return f"state/{item}.json" if rank is None else f"state/{item}.{rank:05d}.json"
+
+
+def part_path(item: str, rank: int) -> str:
+    """Where a part of an item's value document lies, of those ranks that share it; `rank` is their lowest.
+
+    >>> part_path("optimizer", 3)
+    'state/optimizer.part-00003.json'
+    """
+    return f"state/{item}.part-{rank:05d}.json"
 
 
 def view_tree(tree: dict[str, Any]) -> TreeView:
@@ -109,12 +172,15 @@ def view_tree(tree: dict[str, Any]) -> TreeView:
     return view
 
 
-def _take_apart(view: TreeView, key: str, thing: Any, names_of: Mapping[int, str]) -> Item:
+def _take_apart(view: TreeView, key: str, thing: Any, names_of: NamesOf) -> Item:
     if isinstance(thing, nn.Module):
         item = Item(name=key, kind="module", value={})
+        buffers = {clean_name(name) for name, _ in _unwrap(thing).named_buffers()}
         for name, value in module_state(thing).items():
             if isinstance(value, torch.Tensor):
                 view.add(f"{key}.{name}", value, f"{key}.{name}")
+                if name in buffers:
+                    view.buffers.add(f"{key}.{name}")
             else:
                 item.value[name] = _split(view, item, f"{key}.{name}", value, (name,), 0)
         return item
@@ -164,8 +230,18 @@ def _split(view: TreeView, item: Item, name: str, value: Any, path: Path, depth:
             hint="move it to the top level of the tree",
         )
     if isinstance(value, dict) and _has_tensor(value):
-        # An OrderedDict of plain values is one value; one that holds tensors is taken apart like a dict.
-        return {k: _split(view, item, f"{name}.{k}", v, (*path, k), depth + 1) for k, v in value.items()}
+        # Without tensors it is one value, which values.dumps writes with its type or refuses.
+        parts_of = {k: _split(view, item, f"{name}.{k}", v, (*path, k), depth + 1) for k, v in value.items()}
+        if type(value) is OrderedDict:
+            return OrderedDict(parts_of)
+        if type(value) is defaultdict:
+            return defaultdict(value.default_factory, parts_of)
+        raise UnsupportedState(
+            "a dict that holds tensors must be a dict, an OrderedDict or a defaultdict",
+            value=type(value).__name__,
+            place=name,
+            hint="it would come back as another type: store dict(x)",
+        )
     return value  # values.dumps refuses, by its path, what can't be represented
 
 
@@ -194,26 +270,43 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {clean_name(name): value for name, value in _unwrap(module).state_dict(keep_vars=True).items()}
 
 
-def names_of_parameters(tree: Mapping[str, Any]) -> dict[int, str]:
-    """The first clean name of each parameter in the tree's modules, by id."""
-    names: dict[int, str] = {}
-    modules = [thing for thing in tree.values() if isinstance(thing, nn.Module)]
-    for module in modules:
-        for name, parameter in _unwrap(module).named_parameters():
-            names.setdefault(id(parameter), clean_name(name))
+def names_of_parameters(tree: Mapping[str, Any]) -> NamesOf:
+    """The item and the first clean name of each parameter in the tree's modules, by id."""
+    names: dict[int, tuple[str, str]] = {}
+    for key, thing in tree.items():
+        if isinstance(thing, nn.Module):
+            for name, parameter in _unwrap(thing).named_parameters():
+                names.setdefault(id(parameter), (key, clean_name(name)))
     return names
 
 
 def parameter_names(
-    optimizer: torch.optim.Optimizer, names_of: Mapping[int, str]
+    optimizer: torch.optim.Optimizer, names_of: NamesOf
 ) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-    """(name, parameter, group) in the order of the groups; a parameter of no module is named by its place."""
+    """(name, parameter, group) in the order of the groups; a parameter of no module is named by its place.
+
+    Where two modules under one optimizer use the same names, those carry the name of their item too.
+
+    Raises:
+        UnsupportedState: two parameters would still have one name.
+    """
+    found = []
     for g, group in enumerate(optimizer.param_groups):
         for i, parameter in enumerate(group["params"]):
-            yield names_of.get(id(parameter), f"group{g}.{i}"), parameter, group
+            item, name = names_of.get(id(parameter), ("", f"group{g}.{i}"))
+            found.append((item, name, parameter, group))
+    uses = Counter(name for _, name, _, _ in found)
+    seen: set[str] = set()
+    for item, name, parameter, group in found:
+        if uses[name] > 1 and item:
+            name = f"{item}.{name}"
+        if name in seen:
+            raise UnsupportedState("each parameter of an optimizer must have a name of its own", value=name, place=name)
+        seen.add(name)
+        yield name, parameter, group
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, names_of: Mapping[int, str]) -> dict[str, Any]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names_of: NamesOf) -> dict[str, Any]:
     """``{"state": {parameter: {...}}, "param_groups": [...]}`` with names in the place of indices. Calls no step."""
     state: dict[str, Any] = {}
     groups = [{**group, "params": []} for group in optimizer.param_groups]
@@ -252,7 +345,7 @@ def update_in_place(old: Any, new: Any) -> Any:
     >>> _ = update_in_place(mine, {"a": {"b": 5}}); mine, inner
     ({'a': {'b': 5}}, {'b': 5})
     """
-    if type(old) is dict and type(new) is dict:
+    if type(old) is type(new) and type(new) in (dict, OrderedDict, defaultdict):
         for key in [key for key in old if key not in new]:
             del old[key]
         for key, value in new.items():
@@ -275,7 +368,7 @@ def empty_state(
     return torch.zeros(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names_of: Mapping[int, str], saved: Mapping[str, Any]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, names_of: NamesOf, saved: Mapping[str, Any]) -> None:
     """Set state and groups to `saved`, whose tensors are the live ones, already filled; other state is dropped."""
     for name, parameter, _ in parameter_names(optimizer, names_of):
         wanted = saved.get("state", {}).get(name)
@@ -288,13 +381,89 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names_of: Mapping[int, s
 
 
 def group_differences(
-    place: str, optimizer: torch.optim.Optimizer, names_of: Mapping[int, str], saved: Mapping[str, Any]
-) -> list[str]:
-    """What differs between the parameters of the optimizer's groups and of the saved ones, a sentence each."""
-    mine = [sorted(group["params"]) for group in optimizer_state(optimizer, names_of)["param_groups"]]
-    theirs = [sorted(group["params"]) for group in saved["param_groups"]]
-    if mine == theirs:
-        return []
-    names = sorted({n for g in mine for n in g} ^ {n for g in theirs for n in g})
-    what = f"parameters {', '.join(names[:8])}" if names else "how they are split"
-    return [f"{place}: {len(mine)} groups in the tree, {len(theirs)} in the checkpoint, differing in {what}"]
+    place: str, optimizer: torch.optim.Optimizer, names_of: NamesOf, saved: Mapping[str, Any]
+) -> tuple[list[str], list[str]]:
+    """How the parameters of the optimizer's groups differ from the saved ones.
+
+    Returns sentences on those that the saved groups lack, and the dotted names of those that only they have.
+    """
+    mine = [set(group["params"]) for group in optimizer_state(optimizer, names_of)["param_groups"]]
+    theirs = [set(group["params"]) for group in saved["param_groups"]]
+    own, known = set().union(*mine), set().union(*theirs)
+    wrong = []
+    if len(mine) != len(theirs) or any(group - other for group, other in zip(mine, theirs, strict=True)):
+        names = sorted(own - known)
+        what = f"parameters {', '.join(names[:8])}" if names else "how they are split"
+        wrong = [f"{place}: {len(mine)} groups in the tree, {len(theirs)} in the checkpoint, differing in {what}"]
+    return wrong, [f"{place}.{name}" for name in sorted(known - own)]
+
+
+# ------------------------------------------------------------------------------------ documents of several sets of ranks
+
+
+def unite_documents(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One document of an item from those of ranks that hold different parts of it (pipeline stages), lowest rank first.
+
+    Dicts are united key by key, parameter groups place by place; of two values in one place the lower rank's stays.
+
+    >>> a = {"kind": "value", "value": {"x": 1, "w": None}, "tensors": [[["w"], "t.w"]]}
+    >>> b = {"kind": "value", "value": {"x": 1, "v": None}, "tensors": [[["v"], "t.v"]]}
+    >>> unite_documents([a, b])
+    {'kind': 'value', 'value': {'x': 1, 'w': None, 'v': None}, 'tensors': [[['w'], 't.w'], [['v'], 't.v']]}
+    """
+    first, *others = parts
+    value = first["value"]
+    tensors = {name: path for path, name in first["tensors"]}
+    for other in others:
+        if first["kind"] == "optimizer":
+            _unite_groups(value["param_groups"], other["value"]["param_groups"])
+        value = _united(value, other["value"])
+        tensors.update({name: path for path, name in other["tensors"] if name not in tensors})
+    return {"kind": first["kind"], "value": value, "tensors": [[path, name] for name, path in tensors.items()]}
+
+
+def _united(mine: Any, theirs: Any) -> Any:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key, value in theirs.items():
+            mine[key] = _united(mine[key], value) if key in mine else value
+    return mine
+
+
+def _unite_groups(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    for own, other in zip(mine, theirs, strict=False):
+        known = set(own["params"])
+        own["params"] += [name for name in other["params"] if name not in known]
+    mine += theirs[len(mine) :]
+
+
+def own_part(document: dict[str, Any], item: Item) -> dict[str, Any]:
+    """What of a document belongs to `item`, this rank's part of it: state of its parameters, its keys of a dict."""
+    value = document["value"]
+    if item.kind == "optimizer":
+        own = {name for group in item.value["param_groups"] for name in group["params"]}
+        state = {name: state for name, state in value.get("state", {}).items() if name in own}
+        value = {**value, "state": state}
+        tensors = [(path, name) for path, name in document["tensors"] if path[0] != "state" or path[1] in own]
+    elif item.kind == "value":
+        value = _like(value, item.value)
+        tensors = [(path, name) for path, name in document["tensors"] if _has_path(value, path)]
+    else:
+        return document
+    return {**document, "value": value, "tensors": [[path, name] for path, name in tensors]}
+
+
+def _like(value: Any, mine: Any) -> Any:
+    if isinstance(value, dict) and isinstance(mine, dict):
+        for key in [key for key in value if key not in mine]:
+            del value[key]
+        for key in value:
+            value[key] = _like(value[key], mine[key])
+    return value
+
+
+def _has_path(value: Any, path: Path) -> bool:
+    for key in path:
+        if isinstance(value, dict) and key not in value:
+            return False
+        value = value[key]
+    return True

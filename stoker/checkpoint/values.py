@@ -35,8 +35,9 @@ import re
 import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -44,7 +45,7 @@ import numpy as np
 from ..errors import FormatError, StokerError, UnknownVersion, UnsupportedState
 from ..storage._units import Buffer, format_bytes
 
-__all__ = ["MAX_BYTES", "MAX_DEPTH", "VERSION", "dumps", "loads"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "VERSION", "dumps", "encode", "loads"]
 
 VERSION = 1
 """Major version of the document; :func:`loads` refuses any other by name."""
@@ -54,6 +55,7 @@ MAX_DEPTH = 64
 """Deepest nesting of containers."""
 
 _FORMAT = "stoker.values"
+_AS_IT_IS = frozenset({str, bool})
 _EXACT_IN_JSON = 1 << 53  # beyond it, readers that hold numbers as doubles would round
 _FACTORIES: dict[str, Callable[[], Any] | None] = {
     "list": list,
@@ -70,8 +72,10 @@ _PAIRED: dict[type, str] = {OrderedDict: "$ordered_dict", Counter: "$counter"}
 Json: TypeAlias = Any
 
 
-def dumps(value: Any, *, place: str) -> bytes:
+def dumps(value: Any, *, place: str, encoded: Mapping[str, str] = MappingProxyType({})) -> bytes:
     """Encode `value`; equal values of equal types and equal order give equal bytes.
+
+    If `value` is a dict, `encoded` may have more of its entries, which :func:`encode` made of their values before.
 
     Raises:
         UnsupportedState: something in it can't be represented exactly. The error's place is `place` with the path inside
@@ -84,9 +88,10 @@ def dumps(value: Any, *, place: str) -> bytes:
         ...
     stoker.errors.UnsupportedState: trainer.model.hook[0]: ... (hint: code is not state: keep its name and look it up ...
     """
-    encoded = _Encoder(place).encode(value)
     # ensure_ascii carries lone surrogates, which os.fsdecode makes, through UTF-8 unharmed.
-    text = _compact({"format": _FORMAT, "version": VERSION, "value": encoded})
+    text = _compact({"format": _FORMAT, "version": VERSION, "value": _Encoder(place).encode(value)})
+    for key, more in encoded.items():
+        text = f"{text[:-2]}{',' if value else ''}{_compact(key)}:{more}}}}}"
     if len(text) > MAX_BYTES:
         raise UnsupportedState(
             f"plain values may take {format_bytes(MAX_BYTES)} at most",
@@ -95,6 +100,15 @@ def dumps(value: Any, *, place: str) -> bytes:
             hint="turn large arrays into tensors",
         )
     return text.encode("ascii")
+
+
+def encode(value: Any, *, place: str) -> str:
+    """`value` as the JSON that stands for it in a document; raises as :func:`dumps` does.
+
+    >>> dumps({"a": 1}, place="", encoded={"b": encode((2,), place="")}) == dumps({"a": 1, "b": (2,)}, place="")
+    True
+    """
+    return _compact(_Encoder(place).encode(value))
 
 
 def loads(data: Buffer, *, place: str) -> Any:
@@ -231,7 +245,10 @@ class _Encoder:
                 return {"$tuple": self._items(value)}
             if kind is dict:
                 if all(type(key) is str and not key.startswith("$") for key in value):
-                    return {key: self._at(key, item) for key, item in value.items()}
+                    return {
+                        key: item if item is None or type(item) in _AS_IT_IS else self._at(key, item)
+                        for key, item in value.items()
+                    }
                 return {"$dict": self._pairs(value)}
             if kind is set or kind is frozenset:
                 elements = [self._key(element) for element in value]
@@ -245,6 +262,9 @@ class _Encoder:
     def _items(self, values: Iterable[Any]) -> list[Json]:
         result = []
         for i, value in enumerate(values):
+            if value is None or type(value) in _AS_IT_IS:  # most of all values: they need no path
+                result.append(value)
+                continue
             self._path.push(i)
             result.append(self.encode(value))
             self._path.pop()

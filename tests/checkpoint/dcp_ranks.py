@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from stoker.checkpoint.dcp import StokerReader, StokerWriter
+from stoker.checkpoint.staging import StokerStager
 from stoker.errors import UnsupportedState
 
 dcp: Any = torch.distributed.checkpoint  # its functions are not declared as exported
@@ -54,6 +55,18 @@ def main(root: Path) -> None:
             raise AssertionError("a value that can't be saved was saved")
         dcp.save({"model": sharded(full_state()), "epoch": 4, "lr": {"base": 0.5}}, storage_writer=writer)
         assert writer.step == 1, writer.step
+
+    with StokerWriter(root / "staged") as writer, StokerStager(writer) as stager:
+        state = {"model": sharded(full_state()), "epoch": 0}
+        for epoch in (1, 2):
+            state["epoch"] = epoch
+            future = dcp.async_save(state, storage_writer=writer, async_stager=stager)
+            for tensor in state["model"].values():  # type: ignore[attr-defined]
+                (tensor.to_local() if isinstance(tensor, DTensor) else tensor).add_(1)
+            future.result()
+            # What both ranks hold was given to one of them, as the other's stager knows from the second save on.
+            assert epoch == 1 or writer._arena is None, writer._arena
+            writer.close()
 
     state = {"model": sharded({name: torch.zeros_like(t) for name, t in full_state().items()}), "epoch": 0}
     dcp.load(state, storage_reader=StokerReader(root / "one"))

@@ -1,6 +1,7 @@
 """``stoker ckpt``: what it prints, what it finds, how it fails, and that it needs no torch."""
 
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -69,6 +70,15 @@ def test_ls_lists_steps_and_marks_the_newest(root: Path) -> None:
     lines = run("ls", root).stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["step", "1", "2"]
     assert "newest" not in lines[1] and lines[2].endswith("newest")
+
+
+def test_ls_and_show_tell_metrics_and_level_of_a_step(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(1, {"x": 1}, metrics={"loss": 0.25, "acc": math.nan}).wait()
+    for row in (report_of("ls", tmp_path)["steps"][0], report_of("show", tmp_path)):
+        assert (row["level"], row["metrics"]) == ("committed", {"acc": "nan", "loss": 0.25})
+    assert "acc=nan, loss=0.25" in run("ls", tmp_path).stdout
+    assert "metrics: acc=nan, loss=0.25" in run("show", tmp_path).stdout
 
 
 def test_ls_names_a_step_whose_manifest_is_damaged_and_lists_the_others(root: Path) -> None:

@@ -39,6 +39,8 @@ from tests.checkpoint.dcp_ranks import full_state
 
 dcp: Any = torch.distributed.checkpoint  # its functions are not declared as exported
 
+PARTIAL = DefaultLoadPlanner(allow_partial_load=True)
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable):UserWarning")
 
 
@@ -116,6 +118,42 @@ def test_nothing_at_rest_is_pickle_and_every_byte_is_under_a_checksum(tmp_path: 
     report = verify(tmp_path)
     assert report.ok
     assert report.num_bytes == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+
+
+class FoundClasses:
+    """Names that pickle looks up, each with whether torch's planner, that reads a stream in memory, asked for it."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, bool]] = []
+        self.listening = True
+        sys.addaudithook(self)  # for the life of the process
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "pickle.find_class" and self.listening:
+            frame: Any = sys._getframe()
+            callers = set()
+            while frame is not None:
+                callers.add(frame.f_code.co_name)
+                frame = frame.f_back
+            self.found.append((".".join(map(str, arguments)), "load_bytes" in callers))
+
+
+def test_nothing_is_unpickled_but_what_torchs_planner_wants_as_a_stream(tmp_path: Path) -> None:
+    classes = FoundClasses()
+    try:
+        tree = trained(0)
+        values = {"shape": torch.Size([1, 2]), "dtype": torch.bfloat16}
+        save(tmp_path / "manager", {"model": tree[0], "optimizer": tree[1], "values": dict(values)})
+        load(tmp_path / "manager", {"model": tree[0], "optimizer": tree[1], "values": dict(values)})
+        with StokerWriter(tmp_path / "dcp") as writer:
+            dcp.save({**tree_of(*tree), "values": dict(values)}, storage_writer=writer)
+        assert classes.found == []
+        state = {**tree_of(*tree), "values": dict.fromkeys(values)}
+        dcp.load(state, storage_reader=StokerReader(tmp_path / "dcp"))
+    finally:
+        classes.listening = False
+    assert state["values"] == values
+    assert classes.found and all(by_planner for _, by_planner in classes.found), classes.found
 
 
 def test_tensors_of_every_kind_come_back_and_convert_as_torchs_own_readers_do(tmp_path: Path) -> None:
@@ -528,6 +566,11 @@ def test_dtensors_are_resharded_from_two_ranks_to_one_and_back(tmp_path: Path) -
     for name, tensor in full_state().items():
         assert torch.equal(state["model"][name], tensor), name  # type: ignore[index]
     assert (state["epoch"], state["lr"]) == (4, {"base": 0.5})
+    for step in (0, 1):
+        dcp.load(state, storage_reader=StokerReader(tmp_path / "staged", step=step), planner=PARTIAL)
+        for name, tensor in full_state().items():
+            assert torch.equal(state["model"][name], tensor + step), name  # type: ignore[index]
+        assert state["epoch"] == step + 1
     assert verify(tmp_path / "two", all_steps=True).ok
 
 

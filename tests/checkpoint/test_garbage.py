@@ -115,8 +115,7 @@ def test_an_attempt_in_flight_that_is_collected_is_refused_and_the_next_save_wor
 
     with CheckpointManager(tmp_path) as ckpt:
         ckpt.save(1, tree(1)).wait()
-        ckpt._store.close()
-        ckpt._store = Slow(tmp_path)
+        ckpt._persister._store = Slow(tmp_path)
         handle = ckpt.save(2, tree(2))
         assert waiting.wait(60)
         assert [one.step for one in collect(tmp_path).attempts] == [2]

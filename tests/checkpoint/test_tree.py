@@ -1,13 +1,15 @@
 """The state tree: what it is taken apart into, and what it refuses."""
 
 import copy
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from stoker.checkpoint.tree import group_differences, names_of_parameters, optimizer_state, put_at, view_tree
+from stoker.checkpoint import values
+from stoker.checkpoint.tree import Documents, group_differences, names_of_parameters, optimizer_state, put_at, view_tree
 from stoker.errors import ConfigError, UnsupportedState
 
 
@@ -71,9 +73,14 @@ def test_other_groups_are_told_in_one_sentence() -> None:
     names_of = names_of_parameters({"model": model})
     both = torch.optim.SGD(model.parameters(), lr=0.1)
     saved = optimizer_state(torch.optim.SGD([model.weight], lr=0.1), names_of)
-    assert group_differences("optimizer", both, names_of, saved) == [
-        "optimizer: 1 groups in the tree, 1 in the checkpoint, differing in parameters bias"
-    ]
+    told = ["optimizer: 1 groups in the tree, 1 in the checkpoint, differing in parameters bias"]
+    assert group_differences("optimizer", both, names_of, saved) == (told, [])
+    part = torch.optim.SGD([model.weight], lr=0.1)
+    whole = optimizer_state(both, names_of)
+    assert group_differences("optimizer", part, names_of, whole) == ([], ["optimizer.bias"])
+    split = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=0.1)
+    wrong, _ = group_differences("optimizer", split, names_of, whole)
+    assert wrong == ["optimizer: 2 groups in the tree, 1 in the checkpoint, differing in how they are split"]
 
 
 def test_plain_values_keep_their_shape_and_tensors_inside_leave_a_gap() -> None:
@@ -115,6 +122,75 @@ def test_a_cycle_is_refused() -> None:
 def test_a_sparse_tensor_is_refused_with_its_path() -> None:
     with pytest.raises(UnsupportedState, match=r"extra\.s"):
         view_tree({"extra": {"s": torch.eye(2).to_sparse()}})
+
+
+class Scaled(torch.Tensor):
+    """A tensor that keeps a scale elsewhere and so has operators of its own."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.Tensor._make_subclass(Scaled, torch.ones(2)),
+        nn.UninitializedParameter(),
+        torch.empty(2, device="meta"),
+    ],
+    ids=["subclass", "lazy", "meta"],
+)
+def test_a_tensor_whose_elements_are_not_all_of_it_is_refused_with_its_path(tensor: torch.Tensor) -> None:
+    with pytest.raises(UnsupportedState, match=r"extra\.w"):
+        view_tree({"extra": {"w": tensor}})
+
+
+def test_subclasses_that_only_add_names_are_tensors() -> None:
+    class Named(nn.Parameter):
+        pass
+
+    assert set(view_tree({"extra": {"w": Named(torch.ones(2)), "b": nn.Buffer(torch.ones(1))}}).tensors) == {
+        "extra.w",
+        "extra.b",
+    }
+
+
+def test_dicts_that_hold_tensors_keep_their_type() -> None:
+    tree = {"extra": OrderedDict(b=torch.ones(1), a=defaultdict(list, x=torch.ones(1), y=[2]))}
+    value = view_tree(tree).items["extra"].value
+    assert type(value) is OrderedDict and list(value) == ["b", "a"]
+    assert type(value["a"]) is defaultdict and value["a"].default_factory is list and value["a"]["y"] == [2]
+
+
+def test_a_dict_that_holds_tensors_and_would_come_back_as_another_type_is_refused() -> None:
+    one: Any = torch.ones(1)
+    with pytest.raises(UnsupportedState, match=r"extra\.counts.*Counter"):
+        view_tree({"extra": {"counts": Counter({"a": one})}})
+
+
+def test_buffers_are_told_from_parameters() -> None:
+    names = {"model.norm.running_mean", "model.norm.running_var", "model.norm.num_batches_tracked"}
+    assert view_tree({"model": Tied()}).buffers == names
+
+
+def test_two_modules_under_one_optimizer_may_use_the_same_names() -> None:
+    tree: dict[str, Any] = {"one": nn.Linear(2, 1), "two": nn.Linear(2, 1, bias=False)}
+    parameters = [*tree["one"].parameters(), *tree["two"].parameters()]
+    tree["optimizer"] = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for n, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, float(n))
+    tree["optimizer"].step()
+    view = view_tree(tree)
+    assert view.items["optimizer"].value["param_groups"][0]["params"] == ["one.weight", "bias", "two.weight"]
+    assert view.tensors["optimizer.state.two.weight.momentum_buffer"].unique().tolist() == [2.0]
+
+
+def test_an_encoded_document_is_the_document_also_when_a_part_of_it_was_kept() -> None:
+    documents = Documents()
+    for tree in ({"w": torch.ones(1), "n": 1}, {"w": torch.ones(1), "n": 1.0}, {"v": torch.ones(1), "n": 1.0}, {}):
+        item = view_tree({"extra": tree}).items["extra"]
+        assert documents.encode(item) == values.dumps(item.document(), place="extra")
 
 
 def test_put_at_rebuilds_tuples_and_keeps_dicts() -> None:

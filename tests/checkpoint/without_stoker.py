@@ -57,13 +57,16 @@ def with_dcp(data: Path, expected: Expected) -> int:
     state = {
         name: torch.zeros(expected[name]["shape"], dtype=getattr(torch, expected[name]["dtype"])) for name in names
     }
-    nested: dict[str, Any] = {"model": {name.removeprefix("model."): tensor for name, tensor in state.items()}}
+    nested: dict[str, Any] = {}
+    for name, tensor in state.items():
+        item, _, rest = name.partition(".")
+        nested.setdefault(item, {})[rest] = tensor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(nested, storage_reader=HuggingFaceStorageReader(str(data)))
     for name in names:
-        tensor = nested["model"][name.removeprefix("model.")]
-        assert bytes_of(tensor) == expected[name]["bytes"], name
+        item, _, rest = name.partition(".")
+        assert bytes_of(nested[item][rest]) == expected[name]["bytes"], name
     return len(names)
 
 

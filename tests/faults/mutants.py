@@ -1,7 +1,9 @@
-"""Packing and saving processes with one rule of theirs broken: the trials must catch each of them."""
+"""Packing, saving and caching processes with one rule of theirs broken: the trials must catch each of them."""
 
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 from stoker.checkpoint.manager import CheckpointManager
 from stoker.errors import AlreadyExists
@@ -9,7 +11,7 @@ from stoker.storage import ObjectInfo
 from stoker.storage.local import LocalStore
 from stoker.testing.kill import Recorder
 
-from . import packing, saving
+from . import caching, packing, saving
 
 
 def _create_in_place(store: LocalStore, key: str, data: bytes | bytearray | memoryview) -> ObjectInfo:
@@ -48,3 +50,48 @@ def save_and_acknowledge_when_staged(directory: Path, recorder: Recorder) -> Non
             handle = manager.save(step, saving.tree_at(step))
             recorder.acknowledge(step)
             handle.wait("committed")
+
+
+def _path_of(fd: int) -> str:
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def cache_names_before_bytes(directory: Path, recorder: Recorder) -> None:
+    """A cache whose blocks get their names before their bytes."""
+    write, rename = os.pwrite, os.rename
+    waiting: list[tuple[int, bytes, int]] = []
+
+    def late(fd: int, data: Any, offset: int) -> int:
+        if "/tmp/" not in _path_of(fd).removeprefix(str(directory)):
+            return write(fd, data, offset)
+        waiting.append((os.dup(fd), bytes(data), offset))
+        return len(data)
+
+    def early(source: str, target: str, **kwargs: Any) -> None:
+        rename(source, target, **kwargs)
+        for fd, data, offset in waiting:
+            write(fd, data, offset)
+            os.close(fd)
+        waiting.clear()
+
+    os.pwrite, os.rename = late, early  # type: ignore[assignment]
+    caching.work(directory, recorder)
+
+
+def cache_without_counting(directory: Path, recorder: Recorder) -> None:
+    """A cache that writes its limit down and never what it uses."""
+    write = os.pwrite
+
+    def once(fd: int, data: Any, offset: int) -> int:
+        if _path_of(fd).endswith("/lock") and os.fstat(fd).st_size:
+            return len(data)
+        return write(fd, data, offset)
+
+    os.pwrite = once
+    caching.work(directory, recorder)
+
+
+def cache_without_locks(directory: Path, recorder: Recorder) -> None:
+    """A cache on a file system that grants every lock to everybody."""
+    fcntl.fcntl = lambda *args: b""  # type: ignore[assignment]
+    caching.work(directory, recorder)
