@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ app = new_app(
     "Every row says what it was verified against; ratios, not absolute times, carry over to other machines."
 )
 
+_Peers = Literal["installed", "all", "none"]
 _Runs = Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every variant once, the limit first.")]
 _Directory = Annotated[
     Path,
@@ -31,51 +32,93 @@ _Directory = Annotated[
 def load(
     size: Annotated[str, typer.Option(help="Tokens to pack, in bytes as stored.")] = "256MiB",
     runs: _Runs = 7,
+    peers: Annotated[
+        _Peers, typer.Option(help="Libraries to measure; all: install those that are missing.")
+    ] = "installed",
     directory: _Directory = Path(),
     json: JsonFlag = False,
 ) -> None:
-    """Warm local batches of a token data set: tokens/s of the loader.
+    """Warm local batches of a token data set: tokens/s of the loader, and what they cost the processors.
 
     \b
     limit   a bare gather into two contiguous widened outputs
-    peers   nanoGPT's memmap, a Megatron-style map data set
+    peers   nanoGPT's memmap, a Megatron-style map data set; LitData, MosaicML Streaming and HF datasets,
+            each in an environment of its own (stoker bench peers)
 
     \b
     stoker bench load
+    stoker bench load --peers all
     stoker bench load --size 1GiB --runs 11 --dir /nvme --json > load.json
     """
     from .load import run_load
+    from .peers import LOAD_PEERS, install, statuses
 
     size_bytes = parse_bytes(size, place="--size")
+    if peers == "all":
+        for status in statuses():
+            if not status.installed:
+                install(status.name)
+    names = () if peers == "none" else tuple(LOAD_PEERS)
     with _work_directory(directory) as work, _rounds("load") as step:
-        report = run_load(size_bytes=size_bytes, runs=runs, directory=work, progress=step)
+        report = run_load(size_bytes=size_bytes, runs=runs, directory=work, peers=names, progress=step)
     emit(report.to_json(), _text(report), as_json=json)
+
+
+@app.command("peers")
+def list_peers(
+    install: Annotated[bool, typer.Option("--install", help="Make the environments that are missing.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Libraries that stoker is measured beside, in environments of their own below bench/peers of a source checkout.
+
+    \b
+    stoker bench peers
+    stoker bench peers --install
+    """
+    from . import peers
+
+    for status in peers.statuses() if install else ():
+        if not status.installed:
+            peers.install(status.name)
+    found = peers.statuses()
+    lines = [f"{s.name:<20} {s.version:<10} {'installed' if s.installed else 'not installed'}" for s in found]
+    emit({"peers": [s._asdict() for s in found]}, "\n".join(lines), as_json=json)
 
 
 @app.command("ckpt")
 def ckpt(
     size: Annotated[str, typer.Option(help="Bytes of the fp32 state that is saved.")] = "2GB",
     runs: _Runs = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", help="A part: large, small, tiny, upload, scale, training; may repeat.", show_default="all"
+        ),
+    ] = None,
     directory: _Directory = Path(),
     json: JsonFlag = False,
 ) -> None:
-    """Save and restore a state in host memory: stall, durable save, cold verified restore.
+    """Save and restore a state in host memory: stall, durable save, cold and warm verified restore, and what they need.
 
     \b
-    limit   O_DIRECT writes and reads of the same bytes; copy_ of the same tensors into cached views
-    peers   torch.distributed.checkpoint, safetensors
+    large     few large tensors            small   of 200 kB each        tiny      of 20 kB each
+    upload    to an S3 server              scale   plans and manifests   training  a loop beside a save
 
-    Needs five times --size of memory and once --size of free disk.
+    \b
+    limit   O_DIRECT writes and reads of the same bytes; copy_ of the same tensors into cached views; bare puts
+    peers   torch.distributed.checkpoint, torch_checkpointing, safetensors, torch.save
+
+    Needs eight times --size of memory and twice --size of free disk. torch_checkpointing is measured if it is installed.
 
     \b
     stoker bench ckpt
-    stoker bench ckpt --size 8GB --runs 5 --dir /nvme --json > ckpt.json
+    stoker bench ckpt --only large --size 8GB --runs 5 --dir /nvme --json > ckpt.json
     """
-    from .ckpt import run_ckpt
+    from .ckpt import PARTS, run_ckpt
 
     size_bytes = parse_bytes(size, place="--size")
     with _work_directory(directory) as work, _rounds("ckpt") as step:
-        report = run_ckpt(size_bytes=size_bytes, runs=runs, directory=work, progress=step)
+        report = run_ckpt(size_bytes=size_bytes, runs=runs, directory=work, only=only or PARTS, progress=step)
     emit(report.to_json(), _text(report), as_json=json)
 
 
@@ -93,7 +136,7 @@ def tiers(
     """Memory, shared memory, disk, object store and the block cache: GB/s of each, and what stoker hands on.
 
     \b
-    limit   the same bytes by bare memcpy, mmap, O_DIRECT and obstore
+    limit   the same bytes by bare memcpy, mmap, O_DIRECT and obstore; a throttled link; one process for eight
     peers   s3fs
 
     Needs three times --size of memory, as much shared memory and as much free disk. What it writes below --url stands

@@ -5,37 +5,46 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stoker.bench.load import SEQ_LEN, _Stream, run_load
+from stoker.bench import peers
+from stoker.bench._load_stream import SEQ_LEN, Stream
+from stoker.bench.load import run_load
 from stoker.errors import ConfigError, CorruptionError
 
 SMALL = 4 << 20
-VARIANTS = [
-    "numpy take(out=), two widened outputs",
-    "stoker TokenLoader",
-    "nanoGPT memmap",
-    "Megatron-style map data set",
-]
+LIMIT = "numpy take(out=), two widened outputs"
+OURS = {
+    "warm local batches": "stoker TokenLoader",
+    "CPU of warm batches": "stoker TokenLoader",
+    "best_fit batches": "stoker TokenLoader, best_fit",
+    "batches of two sources": "stoker TokenLoader, two sources",
+}
+HERE = ["nanoGPT memmap", "Megatron-style map data set"]
+ELSEWHERE = ["LitData", "MosaicML Streaming", "HF datasets"]
 
 
-def test_every_loader_is_verified_and_set_against_the_limit(tmp_path: Path) -> None:
+def test_every_loader_is_verified_and_set_against_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "is_installed", lambda name: False)
     report = run_load(size_bytes=SMALL, runs=1, warmup=0, directory=tmp_path)
-    assert not report.notes
+    absent = [note for note in report.notes if "not installed" in note]
+    assert [note.partition(" was not measured")[0] for note in absent] == 2 * ELSEWHERE
+    assert len(absent) == len(report.notes)
     for dtype in ("uint16", "uint32"):
-        rows = [row for row in report.rows if row.params["dtype"] == dtype]
-        assert [row.variant for row in rows] == VARIANTS
-        for row in rows:
-            assert row.case == f"warm local batches, {dtype}"
-            assert row.verified
-            assert row.cache == "warm"
-            assert row.unit == "tokens/s"
-            assert row.ratio_to_limit is not None
-        assert rows[1].ratio_to.keys() == {"nanoGPT memmap", "Megatron-style map data set"}
-        assert rows[1].goal_ratio == 0.7
+        for case, ours in OURS.items():
+            rows = [row for row in report.rows if row.case == f"{case}, {dtype}"]
+            compared = HERE if ours == "stoker TokenLoader" else []
+            assert [row.variant for row in rows] == [LIMIT, ours, *compared]
+            assert rows[1].ratio_to.keys() == set(compared)
+            assert rows[1].goal_ratio == (0.7 if case == "warm local batches" else None)
+            for row in rows:
+                assert row.verified
+                assert row.cache == "warm"
+                assert row.unit == ("CPU-s/Gtoken" if case.startswith("CPU") else "tokens/s")
+                assert row.ratio_to_limit is not None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_token_is_found() -> None:
-    stream = _Stream(4 * SEQ_LEN, "uint16")
+    stream = Stream(4 * SEQ_LEN, "uint16")
     first = np.array([5, SEQ_LEN])
     rows = np.stack([stream.tokens[a : a + SEQ_LEN + 1].astype(np.int64) for a in first.tolist()])
     stream.require(first, rows[:, :-1], rows[:, 1:], place="here")

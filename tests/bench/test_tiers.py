@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stoker.bench.cli import app
-from stoker.bench.frame import Report
-from stoker.bench.tiers import (
+from stoker.bench import _tiers_node
+from stoker.bench._tiers_content import (
     COPY,
     CRC,
     DISK_READ,
@@ -25,15 +24,20 @@ from stoker.bench.tiers import (
     GET,
     INTO_DISK,
     INTO_RAM,
+    NODE,
     RAM_FIRST,
     RAM_KEPT,
     SHM_READ,
     SHM_WRITE,
+    STREAM,
+    THROTTLED,
     UPLOAD,
-    _Content,
-    _each,
-    run_tiers,
+    Content,
+    each,
 )
+from stoker.bench.cli import app
+from stoker.bench.frame import Report
+from stoker.bench.tiers import run_tiers
 from stoker.errors import (
     AccessDenied,
     BucketNotFound,
@@ -47,7 +51,18 @@ from stoker.testing import S3Server
 
 SIZE = (20 << 20) + 17
 BARE = [COPY, CRC, SHM_WRITE, SHM_READ, DISK_WARM, DISK_READ, DISK_WRITE]
-GOALS = {GET: 0.95, UPLOAD: 0.85, RAM_FIRST: 0.9, RAM_KEPT: 0.95, DISK_TIER: 0.9, INTO_RAM: 0.9, INTO_DISK: None}
+GOALS = {
+    GET: 0.95,
+    UPLOAD: 0.85,
+    RAM_FIRST: 0.9,
+    RAM_KEPT: 0.95,
+    DISK_TIER: 0.9,
+    INTO_RAM: 0.9,
+    INTO_DISK: None,
+    THROTTLED: 0.97,
+    NODE: 4.0,
+    STREAM: 1.0,
+}
 
 
 @pytest.fixture
@@ -63,7 +78,11 @@ def place(s3_server: S3Server) -> Iterator[tuple[str, ObjectStore]]:
 def report(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Report:
     directory = tmp_path_factory.mktemp("tiers")
     url = s3_server.url("stoker", uuid.uuid4().hex)
-    report = run_tiers(size_bytes=SIZE, runs=1, directory=directory, url=url, storage_options=s3_server.storage_options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_tiers_node, "PROCESSES", 3)
+        report = run_tiers(
+            size_bytes=SIZE, runs=1, directory=directory, url=url, storage_options=s3_server.storage_options
+        )
     assert list(directory.iterdir()) == [], "a bench leaves no file behind"
     with open_store(url, **s3_server.storage_options) as store:
         assert list(store.list()) == []
@@ -84,8 +103,8 @@ def test_every_tier_has_its_limit_and_stoker_its_goal(report: Report) -> None:
 
 def test_every_row_compared_its_bytes_and_moved_whole_blocks(report: Report) -> None:
     assert all(row.verified for row in report.rows)
-    assert {row.bytes for row in report.rows} == {20 << 20}
-    assert {row.unit for row in report.rows} == {"GB/s"}
+    assert {row.bytes for row in report.rows if row.case != STREAM} == {20 << 20}
+    assert {row.unit for row in report.rows if row.case != STREAM} == {"GB/s"}
 
 
 def test_what_is_called_cold_was_cold_and_each_tier_served_what_it_should(report: Report) -> None:
@@ -95,6 +114,17 @@ def test_what_is_called_cold_was_cold_and_each_tier_served_what_it_should(report
     assert report.row(DISK_TIER, "stoker TieredCache, disk").origin == "disk tier"
     assert report.row(INTO_RAM, "stoker TieredCache, S3 into RAM").origin == "object store, kept in the RAM tier"
     assert report.row(INTO_DISK, "stoker TieredCache, S3 into disk").origin == "object store, kept in the disk tier"
+
+
+def test_a_node_requests_each_block_once_and_a_stream_keeps_to_its_budget(report: Report) -> None:
+    # More or fewer requests than blocks would have ended the bench.
+    assert report.row(NODE, "stoker TieredCache, 3 processes").params["processes"] == 3
+    stream = report.row(STREAM, "stoker TieredCache, peak RssAnon + RssShmem")
+    assert stream.bytes == 8 * (20 << 20)
+    assert stream.ratio_to_limit is not None and stream.ratio_to_limit <= 1
+    link = report.row(THROTTLED, "the link")
+    assert 0 < float(str(link.params["link_bytes_per_s"])) <= 300e6
+    assert link.value == pytest.approx(float(str(link.params["link_bytes_per_s"])) / 1e9, rel=1e-6)
 
 
 def test_the_best_number_of_requests_at_once_is_in_row_and_note(report: Report) -> None:
@@ -148,7 +178,7 @@ def test_an_object_that_changes_its_bytes_ends_the_benchmark(
 
 
 def test_one_other_bit_is_found() -> None:
-    content = _Content(8 << 20)
+    content = Content(8 << 20)
     copy = bytearray(content.memory)
     content.require(memoryview(copy), "here")
     copy[5 << 20] ^= 1
@@ -200,7 +230,7 @@ def test_ctrl_c_ends_all_threads_of_a_run() -> None:
     before = signal.signal(signal.SIGINT, hear)
     try:
         with pytest.raises(KeyboardInterrupt):
-            _each(range(1_000_000), 2, act)
+            each(range(1_000_000), 2, act)
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(done) < 1_000_000
@@ -216,7 +246,7 @@ def test_a_failure_in_one_thread_ends_the_others_and_is_raised() -> None:
         done.append(number)
 
     with pytest.raises(ConfigError, match="must not be five"):
-        _each(range(10_000), 4, act)
+        each(range(10_000), 4, act)
     assert len(done) < 10_000
 
 
@@ -271,8 +301,9 @@ def test_what_can_not_be_asked_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_one_json_object_and_keeps_the_secret(
-    s3_server: S3Server, place: tuple[str, ObjectStore], tmp_path: Path
+    s3_server: S3Server, place: tuple[str, ObjectStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_tiers_node, "PROCESSES", 2)
     arguments = ["tiers", "--size", "8MiB", "--runs", "1", "--dir", str(tmp_path), "--url", place[0], "--json"]
     for name, value in s3_server.storage_options.items():
         arguments += ["-o", f"{name}={value}"]
