@@ -19,7 +19,7 @@ from .frame import Cache, Sample
 COPY, CRC = "copy in memory", "crc32c, one core"
 SHM_WRITE, SHM_READ = "shared memory, write", "shared memory, map and read"
 DISK_WARM, DISK_READ, DISK_WRITE = "disk, buffered read", "disk, O_DIRECT read", "disk, O_DIRECT write + fsync"
-GET, UPLOAD = "ranged GET", "upload"
+GET, GET_LEAN, UPLOAD = "ranged GET", "ranged GET, server at no cost", "upload"
 RAM_FIRST, RAM_KEPT, DISK_TIER = "RAM tier, first opened", "RAM tier, kept mapped", "disk tier"
 INTO_RAM, INTO_DISK = "S3 into the RAM tier", "S3 into the disk tier"
 THROTTLED = "S3 over a throttled link into the RAM tier"

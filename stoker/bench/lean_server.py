@@ -1,19 +1,17 @@
 """An S3 endpoint that costs next to nothing, so that a bench on one machine shows what its clients cost.
 
-A real server shares the processors with the client that is measured, and takes more of them. This one keeps objects as
-files and answers a GET with one ``sendfile(2)``: no signatures, no checksums, no listing. For nothing but benches.
+A real server shares the processors with the client that is measured, and takes more of them. This one answers a GET from
+the files of a directory with one ``sendfile(2)``: no signatures, no listing, no writing. For nothing but benches.
 
     python -m stoker.bench.lean_server DIRECTORY    # prints its port; ends when its standard input does
 """
 
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from contextlib import suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,8 +36,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: a line for each request would cost more than the request."""
 
     def _path(self) -> Path:
-        # One flat folder: a name in a URL is never a path.
-        return self.root / unquote(urlsplit(self.path).path).replace("/", "\\")
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[0] != _BUCKET or any(part in ("", ".", "..") for part in parts):
+            raise FileNotFoundError(self.path)
+        return self.root.joinpath(*parts[1:])
 
     def do_HEAD(self) -> None:
         self._send(body=False)
@@ -71,37 +71,26 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             os.close(fd)
 
-    def do_PUT(self) -> None:
-        length = int(self.headers["Content-Length"])
-        left = length
-        with self._path().open("wb") as file:
-            while left and (data := self.rfile.read(min(left, 1 << 20))):
-                left -= file.write(data)
-        self._answer(200, headers={"ETag": f'"{length:x}"'})
-
-    def do_DELETE(self) -> None:
-        with suppress(FileNotFoundError):
-            self._path().unlink()
-        self._answer(204)
-
     def _answer(self, status: int, *, length: int = 0, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
-        if status != 204:
-            self.send_header("Content-Length", str(length))
+        self.send_header("Content-Length", str(length))
         self.end_headers()
 
 
 class LeanServer:
-    """The server as a process of its own, from ``with`` to its end; objects go with it.
+    """The server as a process of its own, inside the block.
+
+    Args:
+        directory: what it serves.
 
     Attributes:
         storage_options: how :func:`stoker.storage.open_store` reaches it.
     """
 
-    def __init__(self, parent: Path) -> None:
-        self._parent = parent
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self.storage_options: dict[str, Any] = {}
 
     def url(self) -> str:
@@ -109,8 +98,7 @@ class LeanServer:
         return f"s3://{_BUCKET}"
 
     def __enter__(self) -> Self:
-        self._directory = tempfile.mkdtemp(prefix="stoker-bench-lean-", dir=self._parent)
-        command = [sys.executable, "-m", __spec__.name, self._directory]
+        command = [sys.executable, "-m", __spec__.name, str(self._directory)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         port = self._process.stdout.readline().strip()
@@ -123,13 +111,21 @@ class LeanServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with self._process:  # which closes the pipes, and waits
             self._process.terminate()
-        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves is its own business; anything else is a mistake here."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _serve(directory: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the bench ends it
     _Handler.root = directory
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), _Handler)
 
     def end_with_parent() -> None:
         sys.stdin.read()

@@ -9,6 +9,9 @@ above them. Every number is 10^9 bytes/s.
     what the machine gives, bare: the ceilings of what follows.
 ``ranged GET``
     one block a request, each checked. Limit: ``obstore.get_range`` and crc32c in threads.
+``ranged GET, server at no cost``
+    the same from a bare loop around ``sendfile(2)``: on one machine a real server takes more of the processors than any
+    client, and so hides what the clients cost.
 ``upload``
     a quarter of the bytes, but 128 MiB at least, in objects of 16 MiB. Limit: ``obstore.put`` of each in one request.
 ``RAM tier, disk tier``
@@ -58,6 +61,7 @@ from ._tiers_content import (
     DISK_WARM,
     DISK_WRITE,
     GET,
+    GET_LEAN,
     INTO_DISK,
     INTO_RAM,
     NODE,
@@ -72,8 +76,9 @@ from ._tiers_content import (
 )
 from ._tiers_local import disk_variants, memory_variants, no_o_direct, shared_memory, shared_memory_variants
 from ._tiers_node import STREAM_PASSES, ThrottledRows, node_variants, stream_variants
-from ._tiers_store import open_bucket, upload_bytes
+from ._tiers_store import Bucket, open_bucket, upload_bytes
 from .frame import Cache, Case, Question, Report, Scalar, Variant, measure
+from .lean_server import LeanServer
 
 __all__ = ["run_tiers"]
 
@@ -136,6 +141,11 @@ def run_tiers(
             report += ask(cases, bucket.uploaders(uploaded))
         with open_store(work / "origin") as origin:
             content.put_objects(origin)
+            if bucket is not None:
+                with LeanServer(work / "origin") as server:
+                    lean = Bucket(content, server.url(), server.storage_options, prefix="")
+                    stack.callback(lean.store.close)
+                    report += ask([_rate(GET_LEAN, "warm", "page cache", goal=0.95)], lean.readers())
             if shm is not None:
                 cases = [
                     _rate(RAM_FIRST, "warm", "RAM tier", goal=0.9),

@@ -95,7 +95,8 @@ class LocalSource(Source):
         self.share(1)
 
     def share(self, parts: int) -> None:
-        self.max_maps = max(16, _affordable_maps(parts * self.tables.manifest.shards) // parts)
+        affordable = _affordable_maps(parts * self.tables.manifest.shards)
+        self.max_maps = max(min(16, affordable), affordable // parts)
 
     def acquire(self, blocks: NDArray[np.int64]) -> None:
         missing = blocks[self.rows[blocks] == 0]

@@ -22,6 +22,7 @@ from stoker.bench._tiers_content import (
     DISK_WARM,
     DISK_WRITE,
     GET,
+    GET_LEAN,
     INTO_DISK,
     INTO_RAM,
     NODE,
@@ -54,6 +55,7 @@ BARE = [COPY, CRC, SHM_WRITE, SHM_READ, DISK_WARM, DISK_READ, DISK_WRITE]
 GOALS = {
     GET: 0.95,
     UPLOAD: 0.85,
+    GET_LEAN: 0.95,
     RAM_FIRST: 0.9,
     RAM_KEPT: 0.95,
     DISK_TIER: 0.9,
