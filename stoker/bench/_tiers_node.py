@@ -207,7 +207,8 @@ class NodeRow:
                 bucket.url,
                 {**bucket.options, "endpoint_url": self._proxy.endpoint_url},
                 self._tier,
-                ram_bytes=capacity(bucket.content),
+                # Twice, since a reader may still hold the last block of the run before when that is cleared away.
+                ram_bytes=2 * capacity(bucket.content),
                 hedge=False,  # each byte is asked for once, or the cache asked twice
             )
         )
