@@ -165,7 +165,7 @@ def _stoker(job: Job) -> Variant:
     def open_manager() -> None:
         nonlocal manager
         path.mkdir()
-        alias.symlink_to(path, target_is_directory=True)
+        alias.symlink_to(path.name, target_is_directory=True)
         manager = CheckpointManager(path)
         manager.prewarm({"model": job.state})
 

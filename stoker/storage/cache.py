@@ -95,7 +95,7 @@ class CacheStats(NamedTuple):
 class _Flight:
     """A block on its way: one thread fetches, the others wait."""
 
-    __slots__ = ("admitted", "awaited", "done", "error", "fetch_s", "view")
+    __slots__ = ("admitted", "awaited", "done", "error", "fetch_s", "view", "waiters")
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -103,7 +103,8 @@ class _Flight:
         self.error: BaseException | None = None
         self.admitted = False
         self.fetch_s = 0.0  # how long it took, if it came from elsewhere than a tier
-        self.awaited = threading.Event()  # a get waits for it
+        self.waiters = 0  # gets
+        self.awaited = threading.Event()  # by one at least
 
 
 # Guarantees: every public method may be called from any thread, and in a forked child (which has its own queue, and no
@@ -266,6 +267,7 @@ class TieredCache:
                 flight = self._flights[file.name] = _Flight()
                 mine = True
             else:
+                flight.waiters += 1
                 flight.awaited.set()
                 mine = False
         if mine:
