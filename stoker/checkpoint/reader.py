@@ -162,10 +162,14 @@ class StepReader:
 
     def _serve_from(self, copy: "NearCopy", read: _Read) -> list[_Read]:
         """Deliver what a nearer copy has right; returns the rest."""
-        left = []
+        left: list[_Read] = []
         step = copy.read_bytes or read.end - read.start
         for start in range(read.start, read.end, step):
-            left += self._serve_part(copy, replace(read, start=start, end=min(start + step, read.end)))
+            for one in self._serve_part(copy, replace(read, start=start, end=min(start + step, read.end))):
+                if left and left[-1].end == one.start:  # the next copy may be best read in larger pieces
+                    left[-1] = replace(left[-1], end=one.end)
+                else:
+                    left.append(one)
         return left
 
     def _serve_part(self, copy: "NearCopy", read: _Read) -> list[_Read]:

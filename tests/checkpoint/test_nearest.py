@@ -12,6 +12,7 @@ import torch
 
 from stoker.checkpoint import CheckpointManager
 from stoker.checkpoint.nearest import ArenaCopy
+from stoker.storage.local import LocalStore
 from stoker.testing.proxy import FaultProxy
 from stoker.testing.s3 import S3Server
 from tests.checkpoint.processes import arenas_of, flip_image, killed_after
@@ -65,6 +66,27 @@ def test_the_arenas_of_all_ranks_of_the_node_are_read(tmp_path: Path) -> None:
         assert torch.equal(tree["t"], tree_at(1)["t"])
         ckpt.save(2, tree).wait()
     assert not arenas_of(tmp_path)
+
+
+def test_a_copy_that_has_nothing_does_not_make_the_reads_of_the_next_one_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, elsewhere = tmp_path / "root", tmp_path / "by another name"
+    elsewhere.symlink_to("root", target_is_directory=True)
+    with CheckpointManager(root) as ckpt:
+        ckpt.save(1, tree_at(1)).wait()
+    reads = []
+    get_into = LocalStore.get_into
+
+    def counting(self: LocalStore, key: str, buffer: memoryview, start: int = 0, **version: Any) -> None:
+        reads.append(len(buffer))
+        get_into(self, key, buffer, start, **version)
+
+    monkeypatch.setattr(LocalStore, "get_into", counting)
+    with CheckpointManager(elsewhere) as ckpt:  # a root of its own, as far as arenas are concerned
+        report = ckpt.restore(tree_at(0))
+    assert set(report.bytes_from) == {"root"}
+    assert len(reads) == 1  # 4 MiB and some, in blocks of 1 MiB
 
 
 def test_an_arena_is_used_only_if_it_is_full_and_holds_the_nonce_that_the_log_names(tmp_path: Path) -> None:
