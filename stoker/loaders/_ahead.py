@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from math import gcd
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from .order import ENDLESS, OrderV1
 
 if TYPE_CHECKING:
     from ._tables import Tables
-    from .dataset import TokenDataset
 
 __all__ = ["ReadAhead", "SamplesReader", "lanes_of_ranks", "ranks_of_node"]
 
@@ -66,11 +65,19 @@ def lanes_of_ranks(ranks: range, *, world_size: int, global_batch: int, lanes: i
     return chosen
 
 
+class _Blocks(Protocol):
+    """Of a data set, the part that says which blocks samples lie in."""
+
+    def missing_blocks(self, samples: Int64Array) -> tuple[Int64Array, Int64Array]: ...
+
+    def blocks_of(self, order_blocks: Int64Array) -> tuple[Int64Array, Int64Array]: ...
+
+
 # Guarantees: one thread at a time. Tables are read by a thread of its own where that takes requests.
 class SamplesReader:
     """A data set's reader of its cache, in numbers of samples and order blocks."""
 
-    def __init__(self, dataset: "TokenDataset", tables: "Tables", reader: CacheReader) -> None:
+    def __init__(self, dataset: _Blocks, tables: "Tables", reader: CacheReader) -> None:
         self._dataset, self._tables, self._reader = dataset, tables, reader
         self._loading: threading.Thread | None = None
 
