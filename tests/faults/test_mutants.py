@@ -14,7 +14,7 @@ from tests.faults.prove import TRIALS
     ("name", "mutant", "seen"),
     [
         ("caching", "cache_names_before_bytes", ("is torn",)),
-        ("caching", "cache_without_counting", ("bytes are in the", "bytes are counted where", "leaked bytes")),
+        ("caching", "cache_without_counting", ("bytes are in the", "bytes are counted", "leaked bytes")),
         ("caching", "cache_without_locks", ("is counted", "are counted", "bytes are in the", "ended with", "is left")),
         ("packing", "pack_in_place", ("differs from the set", "CorruptRecord", "FormatError")),
         ("saving", "save_in_place", ("CorruptRecord", "FormatError")),
