@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from time import sleep
 from typing import Any, Self
 
 from ..errors import CorruptionError, StoreError
@@ -174,6 +175,9 @@ def _say(**facts: Any) -> None:
 # --- eight processes on one cold set ------------------------------------------------------------------------------------
 
 
+_SETTLE_S = 0.2
+
+
 class NodeRow:
     """So many processes, each time on blocks that are nowhere yet: bytes delivered to all of them."""
 
@@ -224,6 +228,8 @@ class NodeRow:
         self._proxy.clear_requests()
         seconds = timed(read)
         ranges = [(request.path, request.byte_range) for request in self._proxy.requests if request.method == "GET"]
+        # A thread that still looks whether another process has brought a block must find it, or it would ask once more.
+        sleep(_SETTLE_S)
         self._readers.clear()
         blocks = len(self._bucket.content.pieces)
         if len(ranges) != blocks or len(set(ranges)) != blocks:

@@ -44,9 +44,6 @@ _POLICIES: Mapping[str, Policy | None] = {"plan": NextUse, "keep": None, "sieve"
 _TELL_EVERY_S = 30.0  # some 10 ms for 30,000 blocks
 _PREFETCH_BYTES = 256 * 2**20
 _PREFETCH_THREADS = 8  # a guess: enough to overlap round trips to a store, few enough for two cores
-_LONGEST_LOOK_S, _LONGEST_LOOK_AHEAD_S = 0.005, 0.05
-"""Between two looks at what another process fetches, for a get and ahead of one. Of 8 processes on one cold set, looking
-every 5 ms ahead of any get took a sixth of the processor time."""
 _FLIGHT_TIMEOUT_S = 5.0  # I6: a process that was stopped while it fetches holds up the others no longer
 
 
@@ -95,7 +92,7 @@ class CacheStats(NamedTuple):
 class _Flight:
     """A block on its way: one thread fetches, the others wait."""
 
-    __slots__ = ("admitted", "awaited", "done", "error", "fetch_s", "view", "waiters")
+    __slots__ = ("admitted", "done", "error", "fetch_s", "view", "waiters")
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -103,8 +100,7 @@ class _Flight:
         self.error: BaseException | None = None
         self.admitted = False
         self.fetch_s = 0.0  # how long it took, if it came from elsewhere than a tier
-        self.waiters = 0  # gets
-        self.awaited = threading.Event()  # by one at least
+        self.waiters = 0
 
 
 # Guarantees: every public method may be called from any thread, and in a forked child (which has its own queue, and no
@@ -268,7 +264,6 @@ class TieredCache:
                 mine = True
             else:
                 flight.waiters += 1
-                flight.awaited.set()
                 mine = False
         if mine:
             return self._fly(flight, store, block, file)
@@ -302,9 +297,7 @@ class TieredCache:
             if view is not None:
                 flight.admitted = True
             else:
-                if ahead is None:
-                    flight.awaited.set()
-                view, flight.admitted = self._fill_once(store, block, file, flight.awaited, count=ahead is None)
+                view, flight.admitted = self._fill_once(store, block, file, count=ahead is None)
                 flight.fetch_s = monotonic() - began
             flight.view = view
         except BaseException as error:
@@ -318,9 +311,7 @@ class TieredCache:
             flight.done.set()
         return view
 
-    def _fill_once(
-        self, store: ObjectStore, block: Block, file: BlockFile, awaited: threading.Event, *, count: bool
-    ) -> tuple[memoryview, bool]:
+    def _fill_once(self, store: ObjectStore, block: Block, file: BlockFile, *, count: bool) -> tuple[memoryview, bool]:
         """:meth:`_fill`, or what another process that was at it has put into a tier meanwhile."""
         if not self._tiers:
             return self._fill(store, block, file)
@@ -328,11 +319,8 @@ class TieredCache:
         mine = first.take_off(file)
         deadline, pause_s = monotonic() + _FLIGHT_TIMEOUT_S, 0.0005
         while mine is False:
-            if awaited.wait(pause_s):
-                pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
-                sleep(pause_s)
-            else:
-                pause_s = min(2 * pause_s, _LONGEST_LOOK_AHEAD_S)
+            sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.005)
             mine = first.take_off(file)
             if (view := self._resident(file, block, count=count)) is not None:
                 if mine:
@@ -460,7 +448,7 @@ class TieredCache:
             self._last_due_s[reader] = max(self._last_due_s.get(reader, 0.0), wanted.due_s)
         if flight.fetch_s:
             self._pace.landed(slack_s=self._slack_s(), fetch_s=flight.fetch_s)
-        if flight.awaited.is_set():
+        if flight.waiters:
             self._note_taken(wanted)
         elif flight.error is not None:
             self._failed[name] = flight.error
