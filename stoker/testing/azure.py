@@ -7,26 +7,23 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from ..errors import AlreadyExists, DeadlineExceeded, MissingExtra, StoreError
+from ..errors import AlreadyExists, MissingExtra, StoreError
+from ._server import HOST, LoopbackServer
 
 __all__ = ["AzureServer"]
 
-_HOST = "127.0.0.1"
 _API_VERSION = "2021-08-06"
 
 
-class AzureServer:
+class AzureServer(LoopbackServer):
     """Azurite's blob service on a free loopback port with an account of its own, its data in a temporary directory,
     telemetry off.
 
@@ -49,24 +46,16 @@ class AzureServer:
     """
 
     def __init__(self, *, containers: tuple[str, ...] = ("stoker",), start_timeout_s: float = 60.0) -> None:
+        super().__init__(kind="Azure", program="azurite", start_timeout_s=start_timeout_s)
         self._containers = containers
-        self._start_timeout_s = start_timeout_s
         self._account = f"stoker{secrets.token_hex(4)}"
         self._key = base64.b64encode(secrets.token_bytes(64)).decode()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._directory: Path | None = None
         self._port = 0
 
     @property
     def endpoint_url(self) -> str:
         """The address of the account's blob service."""
-        return f"http://{_HOST}:{self._port}/{self._account}"
-
-    @property
-    def pid(self) -> int:
-        """The server's process id."""
-        assert self._process is not None, "the server runs inside its with block"
-        return self._process.pid
+        return f"http://{HOST}:{self._port}/{self._account}"
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -109,63 +98,28 @@ class AzureServer:
         text = f"{request.get_method()}\n" + "\n" * 11 + headers + resource
         return base64.b64encode(hmac.digest(base64.b64decode(self._key), text.encode(), hashlib.sha256)).decode()
 
-    def __enter__(self) -> Self:
-        program = _find_azurite()
-        for attempts_left in (2, 1, 0):
-            self._directory = Path(tempfile.mkdtemp(prefix="stoker-azure-"))
-            try:
-                self._port = _free_port()
-                self._process = self._start(program)
-                self._wait_until_ready()
-                for container in self._containers:
-                    self.create_container(container)
-                break
-            except BaseException as error:
-                self.close()
-                # Between choosing a port and binding it another process may have taken it.
-                if not (isinstance(error, StoreError) and attempts_left):
-                    raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Kill the server and remove its data. Harmless when called twice."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
-
-    def _start(self, program: str) -> "subprocess.Popen[bytes]":
+    def _prepare(self) -> tuple[list[str], dict[str, str]]:
         assert self._directory is not None
-        data = self._directory / "data"
-        data.mkdir()
+        program = _find_azurite()
+        self._port = _free_port()
         env = {
             name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "AZURITE_", "NODE_"))
         }
-        env |= {"AZURITE_ACCOUNTS": f"{self._account}:{self._key}", "TMPDIR": str(self._directory)}
-        command = [program, "--blobHost", _HOST, "--blobPort", str(self._port), "--location", str(data)]
+        env["AZURITE_ACCOUNTS"] = f"{self._account}:{self._key}"
+        command = [program, "--blobHost", HOST, "--blobPort", str(self._port)]
         # The client speaks a newer version of the protocol than Azurite knows by name.
-        command += ["--skipApiVersionCheck", "--disableTelemetry", "--silent"]
-        with open(self._directory / "log", "wb") as log:
-            return subprocess.Popen(
-                command, env=env, cwd=data, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            )
+        command += [
+            "--location",
+            str(self._directory / "data"),
+            "--skipApiVersionCheck",
+            "--disableTelemetry",
+            "--silent",
+        ]
+        return command, env
 
-    def _wait_until_ready(self) -> None:
-        assert self._process is not None and self._directory is not None
-        deadline = time.monotonic() + self._start_timeout_s
-        while not self._answers():
-            if self._process.poll() is not None:
-                log = (self._directory / "log").read_text(errors="replace").strip().splitlines()
-                raise StoreError("the Azure server must start", value=log[-1] if log else "no output", place="azurite")
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"must answer within {self._start_timeout_s} s", place="azurite")
-            time.sleep(0.05)
+    def _furnish(self) -> None:
+        for container in self._containers:
+            self.create_container(container)
 
     def _answers(self) -> bool:
         try:
@@ -192,7 +146,7 @@ def _find_azurite() -> str:
 def _free_port() -> int:
     try:
         with socket.socket() as held:
-            held.bind((_HOST, 0))
+            held.bind((HOST, 0))
             return int(held.getsockname()[1])
     except OSError as error:
-        raise StoreError(f"needs a free port on {_HOST}", value=error.strerror, place="AzureServer") from error
+        raise StoreError(f"needs a free port on {HOST}", value=error.strerror, place="AzureServer") from error

@@ -44,6 +44,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from ..errors import ConfigError, UnsupportedError
+from ._os_calls import CHANGING_CALLS, OPENS_FOR_WRITING
+from ._rule import Rule
 
 __all__ = ["FaultyTier", "TierCall", "TierCrash", "TierFault", "TierFaultKind", "TierFaultRule"]
 
@@ -65,27 +67,8 @@ _ERRORS = {"full": errno.ENOSPC, "error": errno.EIO, "read_only": errno.EROFS, "
 _FIELDS = {"full": {"capacity_bytes"}, "flip": {"at_byte"}, "delay": {"delay_s"}}
 
 _READS = ("read", "readv", "pread", "preadv")
-_WRITES = (
-    "write",
-    "writev",
-    "pwrite",
-    "pwritev",
-    "truncate",
-    "ftruncate",
-    "posix_fallocate",
-    "fsync",
-    "fdatasync",
-    "link",
-    "symlink",
-    "rename",
-    "replace",
-    "unlink",
-    "remove",
-    "mkdir",
-    "rmdir",
-)
+_WRITES = tuple(name for name in CHANGING_CALLS if name not in ("open", "copy_file_range", "sendfile"))
 _TAKE_SPACE = {"open", "write", "writev", "pwrite", "pwritev", "ftruncate", "truncate", "posix_fallocate", "mkdir"}
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 class TierCrash(BaseException):
@@ -127,7 +110,7 @@ class TierFault:
             raise ConfigError("needs delay_s", place=place)
 
 
-class TierFaultRule:
+class TierFaultRule(Rule):
     """A fault and the calls it is for, as :meth:`FaultyTier.add` made it.
 
     Attributes:
@@ -148,11 +131,9 @@ class TierFaultRule:
         probability: float,
         chance: random.Random,
     ) -> None:
+        super().__init__("FaultyTier.add", times=times, after=after, probability=probability, chance=chance)
         self.fault = fault
-        self.seen = 0
-        self.hits = 0
-        self._tier, self._calls, self._path, self._chance = tier, calls, path, chance
-        self._times, self._after, self._probability = times, after, probability
+        self._tier, self._calls, self._path = tier, calls, path
 
     def remove(self) -> None:
         """Take it back. Harmless when called twice."""
@@ -170,13 +151,7 @@ class TierFaultRule:
                 return False
         if self.fault.kind == "flip" and name != "open":
             return False
-        self.seen += 1
-        if self.seen <= self._after or (self._times is not None and self.hits >= self._times):
-            return False
-        if self._probability < 1.0 and self._chance.random() >= self._probability:
-            return False
-        self.hits += 1
-        return True
+        return self._strikes()
 
 
 # Guarantees: every public member may be used from any thread; faults strike whichever thread makes the call. `_lock`
@@ -239,15 +214,10 @@ class FaultyTier:
         Raises:
             ConfigError: a number out of range, or a kind of call that the fault can't meet.
         """
-        place = "FaultyTier.add"
-        if times is not None and times < 1:
-            raise ConfigError("times must be >= 1", value=times, place=place)
-        if after < 0:
-            raise ConfigError("after must be >= 0", value=after, place=place)
-        if not 0.0 <= probability <= 1.0:
-            raise ConfigError("probability must be in [0, 1]", value=probability, place=place)
         if foreign := sorted(set(calls or ()) - set(_CALLS[fault.kind])):
-            raise ConfigError(f"a {fault.kind!r} fault can't meet these calls", value=", ".join(foreign), place=place)
+            raise ConfigError(
+                f"a {fault.kind!r} fault can't meet these calls", value=", ".join(foreign), place="FaultyTier.add"
+            )
         with self._lock:
             self._made += 1
             rule = TierFaultRule(
@@ -357,7 +327,7 @@ class FaultyTier:
 
 def _kind_of(name: str, args: tuple[Any, ...]) -> TierCall:
     if name == "open":
-        return "write" if args[1] & _WRITING else "read"
+        return "write" if args[1] & OPENS_FOR_WRITING else "read"
     return "lock" if name == "fcntl" else "read" if name in _READS else "write"
 
 

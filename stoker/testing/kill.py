@@ -58,6 +58,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from ..errors import ConfigError, UnsupportedError
+from ._os_calls import CHANGING_CALLS, OPENS_FOR_WRITING
 
 __all__ = ["Death", "KillReport", "Recorder", "Trial", "attach", "run_trial"]
 
@@ -79,31 +80,6 @@ _PAGE, _STARTED, _OUTPUT = "page", "started", "output"
 ) = range(10)
 _SLOTS = 512
 _NEVER = -1
-
-# Calls that change what a later process finds. Reads need no kill of their own.
-_CALL_NAMES = (
-    "open",
-    "write",
-    "writev",
-    "pwrite",
-    "pwritev",
-    "truncate",
-    "ftruncate",
-    "posix_fallocate",
-    "copy_file_range",
-    "sendfile",
-    "fsync",
-    "fdatasync",
-    "link",
-    "symlink",
-    "rename",
-    "replace",
-    "unlink",
-    "remove",
-    "mkdir",
-    "rmdir",
-)
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +234,7 @@ def _count_calls(slots: memoryview) -> None:
 
     def counted(index: int, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if call is opened and not args[1] & _WRITING:
+            if call is opened and not args[1] & OPENS_FOR_WRITING:
                 return call(*args, **kwargs)
             with lock:
                 slots[_CALLS] += 1
@@ -269,7 +245,7 @@ def _count_calls(slots: memoryview) -> None:
 
         return wrapper
 
-    for index, name in enumerate(_CALL_NAMES):
+    for index, name in enumerate(CHANGING_CALLS):
         if hasattr(os, name):
             setattr(os, name, counted(index, getattr(os, name)))
 
@@ -451,7 +427,7 @@ class _Stage:
         if delay_s is not None:
             moment = f"{delay_s * 1e3:.2f} ms after it started"
         else:
-            moment = f"before call {kill_at_call}, os.{_CALL_NAMES[self._slots[_LAST_CALL]]}"
+            moment = f"before call {kill_at_call}, os.{CHANGING_CALLS[self._slots[_LAST_CALL]]}"
         return Death(
             number=number,
             killed=killed,

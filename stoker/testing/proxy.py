@@ -44,68 +44,33 @@ thread of your process and shares its GIL: code that computes in Python beside i
 
 import asyncio
 import errno
-import fcntl
 import html
 import http.client
 import os
 import random
 import re
 import socket
-import struct
-import termios
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, Literal, Protocol, Self, get_args
+from dataclasses import dataclass
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from ..errors import ConfigError, DeadlineExceeded, StoreError
+from ._fault import BREAKS, Fault, FaultKind, check_rate
+from ._http import CHUNK_BYTES, Body, Broken, Head, Stream
+from ._rule import Rule
+from ._spoil import Pacer, piece_bytes, with_fault
 from .s3 import S3Server
 
 __all__ = ["Fault", "FaultKind", "FaultProxy", "FaultRule", "ProxiedRequest"]
 
-FaultKind = Literal[
-    "status",
-    "redirect",
-    "reset",
-    "close",
-    "stall",
-    "lost_reply",
-    "flip",
-    "truncate",
-    "wrong_bytes",
-    "wrong_content_range",
-    "delay",
-    "drip",
-]
-
 _HOST = "127.0.0.1"
-_CHUNK_BYTES = 512 << 10
-_HEAD_BYTES = 64 << 10  # more than S3 allows in one head
-_FAIR_BYTES = 4 << 20  # after so many, others get their turn; asyncio gives none while a socket is always ready
 _BURST_S = 0.025  # makes up for timers that are late: 1 ms by asyncio's own rounding, 10 ms on a busy machine
-_DRAIN_S = 5.0  # how long a client may leave the bytes before a reset unread
 
-_FIELDS: dict[str, set[str]] = {
-    "status": {"status", "code", "headers"},
-    "redirect": {"status", "location"},
-    "reset": {"at_byte"},
-    "close": {"at_byte"},
-    "stall": {"at_byte"},
-    "lost_reply": set(),
-    "flip": {"at_byte"},
-    "truncate": {"at_byte"},
-    "wrong_bytes": {"shift_bytes"},
-    "wrong_content_range": {"shift_bytes"},
-    "delay": set(),
-    "drip": {"bytes_per_s"},
-}
-_NEEDED = {"redirect": "location", "delay": "delay_s", "drip": "bytes_per_s"}
-_BREAKS = ("reset", "close", "stall")
-_BODY_KINDS = ("flip", "truncate", "wrong_bytes", "wrong_content_range", "drip")
 
 # As in Amazon's list of S3 error responses; 200 is what CompleteMultipartUpload answers when it fails late.
 _ERRORS = {
@@ -119,71 +84,6 @@ _ERRORS = {
     500: ("InternalError", "We encountered an internal error. Please try again."),
     503: ("SlowDown", "Please reduce your request rate."),
 }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What goes wrong with one request; the module's table says which kind takes which settings.
-
-    A place past the end of a body means its last byte, so the fault strikes whatever the size.
-
-    Attributes:
-        kind: one of :data:`FaultKind`.
-        status: of the proxy's own answer.
-        code: in its XML body.
-        headers: added to it, such as ``(("Retry-After", "1"),)``.
-        location: scheme, host and port of a redirect.
-        at_byte: of the body, from 0.
-        shift_bytes: by how much a range is wrong.
-        bytes_per_s: of a body that drips.
-        delay_s: how long the request is held back first.
-
-    Raises:
-        ConfigError: no such kind, a setting that the kind does not have, one that is missing or out of range.
-    """
-
-    kind: FaultKind
-    _: KW_ONLY
-    status: int | None = None
-    code: str | None = None
-    headers: tuple[tuple[str, str], ...] | None = None
-    location: str | None = None
-    at_byte: int | None = None
-    shift_bytes: int | None = None
-    bytes_per_s: float | None = None
-    delay_s: float | None = None
-
-    def __post_init__(self) -> None:
-        place = f"Fault({self.kind!r})"
-        if self.kind not in _FIELDS:
-            raise ConfigError(f"kind must be one of {', '.join(get_args(FaultKind))}", value=self.kind, place="Fault")
-        given = {f.name for f in fields(self) if f.name != "kind" and getattr(self, f.name) is not None}
-        allowed = _FIELDS[self.kind] | {"delay_s"}
-        if foreign := sorted(given - allowed):
-            raise ConfigError(f"takes only {', '.join(sorted(allowed))}", value=", ".join(foreign), place=place)
-        if (needed := _NEEDED.get(self.kind)) and needed not in given:
-            raise ConfigError(f"needs {needed}", place=place)
-        if self.status is not None and not 200 <= self.status <= 599:
-            raise ConfigError("status must be in [200, 599]", value=self.status, place=place)
-        if self.location is not None and not re.fullmatch(r"https?://[^/\s]+/?", self.location):
-            raise ConfigError("location must be http(s)://host[:port]", value=self.location, place=place)
-        for name, least in (("at_byte", 0), ("shift_bytes", 1), ("delay_s", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be >= {least}", value=value, place=place)
-        _check_rate(self.bytes_per_s, place)
-
-    @property
-    def _own_answer(self) -> bool:
-        return self.kind in ("status", "redirect")
-
-    @property
-    def _before_reply(self) -> bool:
-        return self.kind in _BREAKS and self.at_byte is None
-
-    @property
-    def _in_body(self) -> bool:
-        return self.kind in _BODY_KINDS or (self.kind in _BREAKS and self.at_byte is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +120,7 @@ class ProxiedRequest:
         return (int(found[1]), int(found[2]) + 1) if found else None
 
 
-class FaultRule:
+class FaultRule(Rule):
     """A fault and the requests it is for, as :meth:`FaultProxy.add` made it.
 
     Attributes:
@@ -241,35 +141,25 @@ class FaultRule:
         path: "str | re.Pattern[str] | None",
         chance: random.Random,
     ) -> None:
+        super().__init__("FaultProxy.add", times=times, after=after, probability=probability, chance=chance)
         self.fault = fault
-        self.seen = 0
-        self.hits = 0
         self._proxy = proxy
-        self._times, self._after, self._probability = times, after, probability
         # Only a GET surely has a body to spoil: a fault must not be used up by a HEAD.
         self._methods = methods or (("GET",) if fault._in_body else None)
         self._path = re.compile(re.escape(path)) if isinstance(path, str) else path
-        self._chance = chance
 
     def remove(self) -> None:
         """Take it back. Requests it has hit go on as they are. Harmless when called twice."""
         self._proxy._remove(self)
 
-    def _takes(self, request: "_Head") -> bool:
+    def _takes(self, request: Head) -> bool:
         if self._methods is not None and request.method not in self._methods:
             return False
         if self._path is not None and not self._path.search(request.target):
             return False
         if self.fault.kind == "wrong_content_range" and request.get("range") is None:
             return False
-        self.seen += 1
-        if self.seen <= self._after or (self._times is not None and self.hits >= self._times):
-            return False
-        # Drawn for every request in the span, so that the n-th draw is the n-th request's.
-        if self._probability < 1.0 and self._chance.random() >= self._probability:
-            return False
-        self.hits += 1
-        return True
+        return self._strikes()
 
 
 # Guarantees: every public member may be used from any thread. `_changed` guards `_rules`, the counters of the rules,
@@ -400,10 +290,10 @@ class FaultProxy:
 
     @bytes_per_s.setter
     def bytes_per_s(self, bytes_per_s: float | None) -> None:
-        _check_rate(bytes_per_s, "FaultProxy")
+        check_rate(bytes_per_s, "FaultProxy")
         self._bytes_per_s = bytes_per_s
-        self._up = _Pacer(bytes_per_s, burst_s=_BURST_S) if bytes_per_s else None
-        self._down = _Pacer(bytes_per_s, burst_s=_BURST_S) if bytes_per_s else None
+        self._up = Pacer(bytes_per_s, burst_s=_BURST_S) if bytes_per_s else None
+        self._down = Pacer(bytes_per_s, burst_s=_BURST_S) if bytes_per_s else None
 
     @property
     def latency_s(self) -> float:
@@ -559,12 +449,6 @@ class FaultProxy:
         methods: tuple[str, ...] | None = None,
         path: "str | re.Pattern[str] | None" = None,
     ) -> FaultRule:
-        if times is not None and times < 1:
-            raise ConfigError("times must be >= 1", value=times, place="FaultProxy.add")
-        if after < 0:
-            raise ConfigError("after must be >= 0", value=after, place="FaultProxy.add")
-        if not 0.0 <= probability <= 1.0:
-            raise ConfigError("probability must be in [0, 1]", value=probability, place="FaultProxy.add")
         with self._changed:
             self._made += 1
             rule = FaultRule(
@@ -584,7 +468,7 @@ class FaultProxy:
         with self._changed, suppress(ValueError):
             self._rules.remove(rule)
 
-    def _arrived(self, request: "_Head") -> "tuple[_Record, random.Random | None]":
+    def _arrived(self, request: Head) -> "tuple[_Record, random.Random | None]":
         """Log a request and choose what goes wrong with it."""
         record = _Record(
             time_s=time.monotonic() - self._start_s,
@@ -627,13 +511,6 @@ class _Record:
 # --- what goes over one connection ------------------------------------------------------------------------------------
 
 
-class _Broken(Exception):
-    """A peer ended its connection, or sent what is no HTTP/1.1: the other one gets the same end."""
-
-    def __init__(self, stream: "_Stream", *, reset: bool) -> None:
-        self.stream, self.reset = stream, reset
-
-
 class _Strike(Exception):
     """Time for the connection to break."""
 
@@ -643,8 +520,8 @@ class _Connection:
 
     def __init__(self, proxy: FaultProxy, sock: socket.socket) -> None:
         self._proxy = proxy
-        self.client = _Stream(proxy._loop, sock)
-        self.upstream: _Stream | None = None
+        self.client = Stream(proxy._loop, sock)
+        self.upstream: Stream | None = None
 
     def close(self) -> None:
         self.client.close()
@@ -670,7 +547,7 @@ class _Connection:
                     self._proxy._tell()
                 if not again:
                     return
-        except _Broken as broken:
+        except Broken as broken:
             if broken.reset and broken.stream is not self.client:
                 self.client.reset_on_close()
 
@@ -681,13 +558,13 @@ class _Connection:
             await self.client.wait_until_delivered()
             self.client.reset_on_close()
 
-    async def _exchange(self, request: "_Head", record: _Record, chance: random.Random | None) -> bool:
+    async def _exchange(self, request: Head, record: _Record, chance: random.Random | None) -> bool:
         """One request and its reply. Returns whether the connection goes on."""
         fault = record.fault
         delay_s = self._proxy.latency_s + (fault.delay_s or 0.0 if fault else 0.0)
         if delay_s:
             await asyncio.sleep(delay_s)
-        body = _Body(self.client, request.body_framing(default=0))
+        body = Body(self.client, request.body_framing(default=0))
         if fault is not None and fault._own_answer:
             return await self._answer(request, body, record, fault)
         if fault is not None and fault._before_reply:
@@ -700,20 +577,20 @@ class _Connection:
             return await self._reply(upstream, request, record, chance)
         return await self._duplex(upstream, request, body, record, chance)
 
-    async def _connect(self) -> "_Stream":
+    async def _connect(self) -> Stream:
         if self.upstream is not None and self.upstream.is_dead():
             self._close_upstream()  # a server may close what is idle
         if self.upstream is None:
             try:
-                self.upstream = _Stream(self._proxy._loop, socket.socket(self._proxy._family, socket.SOCK_STREAM))
+                self.upstream = Stream(self._proxy._loop, socket.socket(self._proxy._family, socket.SOCK_STREAM))
                 await self._proxy._loop.sock_connect(self.upstream.sock, self._proxy._address)
             except OSError:
                 self.client.reset_on_close()
-                raise _Broken(self.client, reset=True) from None
+                raise Broken(self.client, reset=True) from None
         return self.upstream
 
     async def _duplex(
-        self, upstream: "_Stream", request: "_Head", body: "_Body", record: _Record, chance: random.Random | None
+        self, upstream: Stream, request: Head, body: Body, record: _Record, chance: random.Random | None
     ) -> bool:
         """A request with a body. The server may answer (100, or an error) before it has read all of it."""
         sending = asyncio.create_task(self._send_body(upstream, body, record))
@@ -723,14 +600,14 @@ class _Connection:
             if not replying.done():
                 error = sending.exception()
                 # A server that reads no more may still answer; a client that sends no more has gone.
-                if error is not None and not (isinstance(error, _Broken) and error.stream is upstream):
+                if error is not None and not (isinstance(error, Broken) and error.stream is upstream):
                     raise error
             again = await replying
             if not again:
                 sending.cancel()
             await asyncio.wait({sending})
             error = None if sending.cancelled() else sending.exception()
-            if error is not None and not isinstance(error, _Broken):
+            if error is not None and not isinstance(error, Broken):
                 raise error
             if error is None and not sending.cancelled():
                 return again
@@ -743,8 +620,8 @@ class _Connection:
                 task.cancel()
             await asyncio.gather(sending, replying, return_exceptions=True)
 
-    async def _send_body(self, upstream: "_Stream", body: "_Body", record: _Record) -> None:
-        while piece := await body.read(_piece_bytes(self._proxy._up)):
+    async def _send_body(self, upstream: Stream, body: Body, record: _Record) -> None:
+        while piece := await body.read(piece_bytes(self._proxy._up)):
             record.bytes_received += len(piece)
             self._proxy._tell()
             if (pacer := self._proxy._up) is not None:
@@ -752,11 +629,11 @@ class _Connection:
             await upstream.send(body.framed(piece))
         await upstream.send(body.end())
 
-    async def _swallow(self, body: "_Body", record: _Record) -> None:
-        while piece := await body.read(_CHUNK_BYTES):
+    async def _swallow(self, body: Body, record: _Record) -> None:
+        while piece := await body.read(CHUNK_BYTES):
             record.bytes_received += len(piece)
 
-    async def _answer(self, request: "_Head", body: "_Body", record: _Record, fault: Fault) -> bool:
+    async def _answer(self, request: Head, body: Body, record: _Record, fault: Fault) -> bool:
         """The proxy's own answer, as S3 would word it."""
         waits = request.expects_100()
         if not waits:
@@ -791,31 +668,29 @@ class _Connection:
             await self.client.wait_until_gone()
         return again
 
-    async def _reply(
-        self, upstream: "_Stream", request: "_Head", record: _Record, chance: random.Random | None
-    ) -> bool:
+    async def _reply(self, upstream: Stream, request: Head, record: _Record, chance: random.Random | None) -> bool:
         """Pass the server's reply on. Returns whether both connections go on."""
         while True:
             head = await upstream.read_head()
             if head is None:
-                raise _Broken(upstream, reset=False)
+                raise Broken(upstream, reset=False)
             if head.status >= 200:
                 break
             await self.client.send(head.raw)
         fault = record.fault
         empty = request.method == "HEAD" or head.status in (204, 304)
-        body = _Body(upstream, 0 if empty else head.body_framing(default=None))
+        body = Body(upstream, 0 if empty else head.body_framing(default=None))
         if fault is not None and fault.kind == "lost_reply":
-            while await body.read(_CHUNK_BYTES):
+            while await body.read(CHUNK_BYTES):
                 pass
             raise _Strike
         again = request.keeps_alive() and head.keeps_alive() and body.framing is not None
-        source, cut, pacer = _with_fault(fault, head, body, chance)
+        source, cut, pacer = with_fault(fault, head, body, chance)
         record.status = head.status
         await self.client.send(head.raw)
         sent = 0
         while cut is None or sent < cut:
-            piece = await source.read(_piece_bytes(pacer or self._proxy._down))
+            piece = await source.read(piece_bytes(pacer or self._proxy._down))
             if not piece:
                 break
             if cut is not None:
@@ -827,328 +702,12 @@ class _Connection:
             self._proxy._tell()
             await self.client.send(body.framed(piece))
             sent += len(piece)
-        if fault is not None and fault.kind in _BREAKS:
+        if fault is not None and fault.kind in BREAKS:
             raise _Strike
         await self.client.send(body.end())
         if cut is not None:
             self._close_upstream()  # what is left of the body would be taken for the next reply
         return again
-
-
-class _Stream:
-    """One socket with the bytes that were read too far. A view that it returns is valid until the next read."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        with suppress(OSError):  # macOS refuses it to a socket whose peer has gone
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock = sock
-        self._loop = loop
-        self._bytes = bytearray(_CHUNK_BYTES)
-        self._buffer = memoryview(self._bytes)
-        self._start = self._end = 0  # of what is read and not taken
-        self._turn_bytes = 0
-
-    async def _fill(self) -> bool:
-        """Read more behind what is there; False at the end of the stream."""
-        if self._start:
-            self._buffer[: self._end - self._start] = self._buffer[self._start : self._end]
-            self._start, self._end = 0, self._end - self._start
-        try:
-            count = await self._loop.sock_recv_into(self.sock, self._buffer[self._end :])
-        except OSError:
-            raise _Broken(self, reset=True) from None
-        self._end += count
-        return count > 0
-
-    async def _read_to(self, mark: bytes) -> bytes | None:
-        """All up to `mark`, with it; None if the stream ends first without a byte."""
-        while True:
-            found = self._bytes.find(mark, self._start, self._end)
-            if found >= 0:
-                text = bytes(self._buffer[self._start : found + len(mark)])
-                self._start += len(text)
-                return text
-            if self._end - self._start > _HEAD_BYTES:
-                raise _Broken(self, reset=True)
-            if not await self._fill():
-                if self._start == self._end:
-                    return None
-                raise _Broken(self, reset=False)
-
-    async def read_head(self) -> "_Head | None":
-        """The next head; None if the connection ends between two messages."""
-        raw = await self._read_to(b"\r\n\r\n")
-        try:
-            return None if raw is None else _Head(raw)
-        except ValueError:
-            raise _Broken(self, reset=True) from None
-
-    async def read_line(self) -> bytes:
-        line = await self._read_to(b"\r\n")
-        if line is None:
-            raise _Broken(self, reset=False)
-        return line
-
-    async def read_some(self, limit_bytes: int) -> memoryview:
-        """What is there, at most `limit_bytes`; empty at the end of the stream."""
-        if self._start == self._end:
-            self._start = self._end = 0
-            try:
-                self._end = await self._loop.sock_recv_into(self.sock, self._buffer[:limit_bytes])
-            except OSError:
-                raise _Broken(self, reset=True) from None
-            self._turn_bytes += self._end
-            if self._turn_bytes >= _FAIR_BYTES:
-                self._turn_bytes = 0
-                await asyncio.sleep(0)
-        view = self._buffer[self._start : min(self._end, self._start + limit_bytes)]
-        self._start += len(view)
-        return view
-
-    async def send(self, data: "bytes | memoryview") -> None:
-        if not data:
-            return
-        try:
-            await self._loop.sock_sendall(self.sock, data)
-        except OSError:
-            raise _Broken(self, reset=True) from None
-
-    async def wait_until_gone(self) -> None:
-        """Read and forget until the peer ends the connection."""
-        with suppress(_Broken):
-            while await self.read_some(_CHUNK_BYTES):
-                pass
-
-    async def wait_until_delivered(self) -> None:
-        """Wait until the peer's kernel has all that was sent: a reset throws away what it has not."""
-        deadline = time.monotonic() + _DRAIN_S
-        while time.monotonic() < deadline:
-            left = bytearray(4)
-            try:
-                fcntl.ioctl(self.sock, termios.TIOCOUTQ, left)  # man 7 tcp: SIOCOUTQ
-            except OSError:
-                return
-            if not int.from_bytes(left, "little"):
-                return
-            await asyncio.sleep(0.001)
-
-    def is_dead(self) -> bool:
-        """Whether an idle connection can't be used again."""
-        try:
-            self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return self._start < self._end
-        except OSError:
-            return True
-        return True
-
-    def finish(self) -> None:
-        with suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-
-    def reset_on_close(self) -> None:
-        with suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class _Head:
-    """The head of a request or a reply, its bytes as they came."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.raw = raw
-        first, *lines = raw.decode("latin-1").split("\r\n")[:-2]
-        self._first = first.split(" ", 2)
-        if len(self._first) < 2:
-            raise ValueError(first)
-        self.status = int(self._first[1]) if first.startswith("HTTP/") else 0
-        self._fields: dict[str, str] = {}
-        for line in lines:
-            name, _, value = line.partition(":")
-            self._fields[name.strip().lower()] = value.strip()
-        length = self._fields.get("content-length", "0")
-        if not (length.isascii() and length.isdecimal()):
-            raise ValueError(length)
-
-    @property
-    def method(self) -> str:
-        return self._first[0]
-
-    @property
-    def target(self) -> str:
-        return self._first[1]
-
-    def get(self, name: str) -> str | None:
-        return self._fields.get(name)
-
-    def replace(self, name: str, value: str) -> None:
-        """Change the value of a field that is there."""
-        self.raw = re.sub(
-            rb"(?im)^(" + re.escape(name.encode()) + rb"[ \t]*:)[^\r\n]*",
-            lambda found: found[1] + b" " + value.encode("latin-1"),
-            self.raw,
-        )
-
-    def expects_100(self) -> bool:
-        """Whether the client may wait for a word before it sends the body."""
-        return self._fields.get("expect", "").lower() == "100-continue"
-
-    def keeps_alive(self) -> bool:
-        tokens = {token.strip().lower() for token in self._fields.get("connection", "").split(",")}
-        old = "HTTP/1.0" in (self._first[0], self._first[-1])
-        return "close" not in tokens and (not old or "keep-alive" in tokens)
-
-    def body_framing(self, *, default: int | None) -> "int | Literal['chunked'] | None":
-        """How many bytes follow, or in chunks, or `default` (None: until the connection ends)."""
-        if self._fields.get("transfer-encoding", "").lower().endswith("chunked"):
-            return "chunked"
-        length = self._fields.get("content-length")
-        return default if length is None else int(length)
-
-
-class _Source(Protocol):
-    async def read(self, limit_bytes: int) -> memoryview:
-        """The next bytes, at most `limit_bytes`; empty at the end."""
-
-
-class _Body:
-    """The bytes of one body, without the framing of chunks; :meth:`framed` and :meth:`end` put that back."""
-
-    def __init__(self, stream: _Stream, framing: "int | Literal['chunked'] | None") -> None:
-        self._stream = stream
-        self.framing = framing
-        self._left = framing if isinstance(framing, int) else 0  # of the body or the chunk
-        self._trailers = b""
-        self._begun = self._ended = False
-
-    async def read(self, limit_bytes: int) -> memoryview:
-        if self._ended:
-            return memoryview(b"")
-        if self.framing == "chunked" and not self._left:
-            await self._next_chunk()
-        if self.framing is not None and not self._left:
-            self._ended = True
-            return memoryview(b"")
-        piece = await self._stream.read_some(limit_bytes if self.framing is None else min(limit_bytes, self._left))
-        if self.framing is None:
-            self._ended = not piece
-        elif not piece:
-            raise _Broken(self._stream, reset=False)
-        else:
-            self._left -= len(piece)
-        return piece
-
-    async def _next_chunk(self) -> None:
-        if self._begun:
-            await self._stream.read_line()
-        self._begun = True
-        size = (await self._stream.read_line()).partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", size):
-            raise _Broken(self._stream, reset=True)
-        self._left = int(size, 16)
-        while not self._left:
-            line = await self._stream.read_line()
-            if line == b"\r\n":
-                break
-            self._trailers += line
-
-    def framed(self, piece: memoryview) -> "bytes | memoryview":
-        return b"".join((b"%x\r\n" % len(piece), piece, b"\r\n")) if self.framing == "chunked" else piece
-
-    def end(self) -> bytes:
-        return b"0\r\n" + self._trailers + b"\r\n" if self.framing == "chunked" else b""
-
-
-# --- what is done to a body -------------------------------------------------------------------------------------------
-
-
-def _with_fault(
-    fault: Fault | None, head: _Head, body: _Body, chance: random.Random | None
-) -> "tuple[_Source, int | None, _Pacer | None]":
-    """Where the body comes from, after how many bytes it ends, and how fast it comes; the head is changed in place."""
-    if fault is None or chance is None:
-        return body, None, None
-    length = body.framing if isinstance(body.framing, int) else None
-    last = None if length is None else max(0, length - 1)
-    shift = fault.shift_bytes or 1
-    match fault.kind:
-        case "reset" | "close" | "stall":
-            assert fault.at_byte is not None
-            return body, fault.at_byte if last is None else min(fault.at_byte, last), None
-        case "truncate":
-            at_byte = (length or 0) // 2 if fault.at_byte is None else fault.at_byte
-            cut = at_byte if last is None else min(at_byte, last)
-            if length is not None:
-                head.replace("content-length", str(cut))
-            return body, cut, None
-        case "flip":
-            # Of a body without a length only the first byte is sure to be there.
-            at_byte = chance.randrange(length or 1) if fault.at_byte is None else fault.at_byte
-            return _Flipped(body, at_byte if last is None else min(at_byte, last), chance.randrange(8)), None, None
-        case "wrong_bytes":
-            return _Rotated(body, shift % length if length else shift), None, None
-        case "wrong_content_range":
-            if found := re.fullmatch(r"bytes (\d+)-(\d+)/(.+)", head.get("content-range") or ""):
-                start, end = int(found[1]) + shift, int(found[2]) + shift
-                head.replace("content-range", f"bytes {start}-{end}/{found[3]}")
-        case "drip":
-            assert fault.bytes_per_s is not None
-            return body, None, _Pacer(fault.bytes_per_s, burst_s=0.0)
-    return body, None, None
-
-
-class _Flipped:
-    def __init__(self, source: _Source, at_byte: int, bit: int) -> None:
-        self._source, self._left, self._bit = source, at_byte, bit
-
-    async def read(self, limit_bytes: int) -> memoryview:
-        piece = await self._source.read(limit_bytes)
-        if 0 <= self._left < len(piece):
-            piece[self._left] ^= 1 << self._bit
-        self._left -= len(piece)
-        return piece
-
-
-class _Rotated:
-    """The first `shift` bytes come last."""
-
-    def __init__(self, source: _Source, shift: int) -> None:
-        self._source, self._left = source, shift
-        self._held = bytearray()
-
-    async def read(self, limit_bytes: int) -> memoryview:
-        while piece := await self._source.read(limit_bytes):
-            held, piece = piece[: self._left], piece[self._left :]
-            self._held += held
-            self._left -= len(held)
-            if piece:
-                return piece
-        piece = memoryview(bytes(self._held[:limit_bytes]))
-        del self._held[:limit_bytes]
-        return piece
-
-
-class _Pacer:
-    """A token bucket, kept as the time at which the link will be free."""
-
-    def __init__(self, bytes_per_s: float, *, burst_s: float) -> None:
-        self.bytes_per_s = bytes_per_s
-        self._burst_s = burst_s
-        self._free_s = time.monotonic()
-
-    async def take(self, count: int) -> None:
-        now = time.monotonic()
-        self._free_s = max(self._free_s, now - self._burst_s) + count / self.bytes_per_s
-        if self._free_s > now:
-            await asyncio.sleep(self._free_s - now)
-
-
-def _piece_bytes(pacer: _Pacer | None) -> int:
-    """Small enough that a slow link is not one that stands still, then jumps: 20 pieces a second."""
-    return _CHUNK_BYTES if pacer is None else max(1, min(_CHUNK_BYTES, int(pacer.bytes_per_s / 20)))
 
 
 # --- checks and forks -------------------------------------------------------------------------------------------------
@@ -1163,11 +722,6 @@ def _origin(url: str, place: str, name: str) -> tuple[str, int]:
     if host is None or parts.scheme != "http" or parts.path.strip("/") or parts.query or parts.username:
         raise ConfigError(f"{name} must be http://host:port", value=url, place=place)
     return host, port
-
-
-def _check_rate(bytes_per_s: float | None, place: str) -> None:
-    if bytes_per_s is not None and bytes_per_s <= 0:
-        raise ConfigError("bytes_per_s must be > 0", value=bytes_per_s, place=place)
 
 
 _running: "weakref.WeakSet[FaultProxy]" = weakref.WeakSet()

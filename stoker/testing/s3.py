@@ -4,24 +4,21 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
 import sysconfig
-import tempfile
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from ..errors import AlreadyExists, DeadlineExceeded, MissingExtra, StoreError
+from ..errors import AlreadyExists, MissingExtra, StoreError
+from ._server import HOST, LoopbackServer
 
 __all__ = ["S3Server"]
 
 _GRPC_OFFSET = 10_000  # SeaweedFS serves gRPC on each port + 10000
-_HOST = "127.0.0.1"
 
 
-class S3Server:
+class S3Server(LoopbackServer):
     """SeaweedFS on free loopback ports with keys of its own, its data in a temporary directory, telemetry off.
 
     Starts when the ``with`` block is entered and returns when it answers (about a second); at the end exactly this
@@ -43,23 +40,15 @@ class S3Server:
     """
 
     def __init__(self, *, buckets: tuple[str, ...] = ("stoker",), start_timeout_s: float = 60.0) -> None:
+        super().__init__(kind="S3", program="weed mini", start_timeout_s=start_timeout_s)
         self._buckets = buckets
-        self._start_timeout_s = start_timeout_s
         self._key, self._secret = secrets.token_hex(8), secrets.token_hex(16)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._directory: Path | None = None
         self._ports: dict[str, int] = {}
 
     @property
     def endpoint_url(self) -> str:
         """The address of the S3 service."""
-        return f"http://{_HOST}:{self._ports['s3']}"
-
-    @property
-    def pid(self) -> int:
-        """The server's process id."""
-        assert self._process is not None, "the server runs inside its with block"
-        return self._process.pid
+        return f"http://{HOST}:{self._ports['s3']}"
 
     @property
     def storage_options(self) -> dict[str, Any]:
@@ -91,8 +80,8 @@ class S3Server:
         Raises:
             AlreadyExists: there is one of that name.
         """
-        folder = f"http://{_HOST}:{self._ports['filer']}/buckets/{bucket}/"
-        if _answers(folder):
+        folder = f"http://{HOST}:{self._ports['filer']}/buckets/{bucket}/"
+        if _is_there(folder):
             raise AlreadyExists("the bucket must not exist yet", place=self.url(bucket))
         urllib.request.urlopen(urllib.request.Request(folder, method="POST"), timeout=10).close()
         return self.url(bucket)
@@ -100,7 +89,7 @@ class S3Server:
     def unfinished_uploads(self, bucket: str) -> int:
         """How many multipart uploads to `bucket` were begun and neither completed nor aborted."""
         request = urllib.request.Request(
-            f"http://{_HOST}:{self._ports['filer']}/buckets/{bucket}/.uploads/", headers={"Accept": "application/json"}
+            f"http://{HOST}:{self._ports['filer']}/buckets/{bucket}/.uploads/", headers={"Accept": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=10) as reply:
@@ -111,48 +100,23 @@ class S3Server:
                 return 0
             raise
 
-    def __enter__(self) -> Self:
-        binary = _find_weed()
-        for attempts_left in (2, 1, 0):
-            self._directory = Path(tempfile.mkdtemp(prefix="stoker-s3-"))
-            try:
-                self._ports = dict(zip(("s3", "master", "filer", "volume", "admin"), _free_ports(5), strict=True))
-                self._process = self._start(binary)
-                self._wait_until_ready()
-                break
-            except BaseException as error:
-                self.close()
-                # Between choosing a port and binding it another process may have taken it.
-                if not (isinstance(error, StoreError) and attempts_left):
-                    raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Kill the server and remove its data. Harmless when called twice."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        super().close()
         # Its gRPC sockets stand in /tmp whatever TMPDIR says, and a killed server leaves them.
         for port in self._ports.values():
             for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
                 left.unlink(missing_ok=True)
         self._ports = {}
 
-    def _start(self, binary: str) -> "subprocess.Popen[bytes]":
+    def _prepare(self) -> tuple[list[str], dict[str, str]]:
         assert self._directory is not None
-        data = self._directory / "data"
-        data.mkdir()
+        binary = _find_weed()
+        self._ports = dict(zip(("s3", "master", "filer", "volume", "admin"), _free_ports(5), strict=True))
         flags = {
-            "dir": data,
-            "ip": _HOST,
-            "ip.bind": _HOST,
+            "dir": self._directory / "data",
+            "ip": HOST,
+            "ip.bind": HOST,
             "bucket": ",".join(self._buckets),
             "s3.port": self._ports["s3"],
             "master.port": self._ports["master"],
@@ -170,31 +134,13 @@ class S3Server:
             "s3.port.lance": 0,
         }
         env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "S3_", "WEED_"))}
-        env |= {"AWS_ACCESS_KEY_ID": self._key, "AWS_SECRET_ACCESS_KEY": self._secret, "TMPDIR": str(self._directory)}
-        with open(self._directory / "log", "wb") as log:
-            return subprocess.Popen(
-                [binary, "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in flags.items())],
-                env=env,
-                cwd=self._directory,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        env |= {"AWS_ACCESS_KEY_ID": self._key, "AWS_SECRET_ACCESS_KEY": self._secret}
+        return [binary, "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in flags.items())], env
 
-    def _wait_until_ready(self) -> None:
-        assert self._process is not None and self._directory is not None
-        deadline = time.monotonic() + self._start_timeout_s
-        folders = [f"http://{_HOST}:{self._ports['filer']}/buckets/{bucket}/" for bucket in self._buckets]
-        while True:
-            if self._process.poll() is not None:
-                log = (self._directory / "log").read_text(errors="replace").strip().splitlines()
-                raise StoreError("the S3 server must start", value=log[-1] if log else "no output", place="weed mini")
-            # The buckets are made last. The S3 port answers before it knows its keys: 403 means that it does.
-            if all(map(_answers, folders)) and _status(f"{self.endpoint_url}/{self._buckets[0]}") == 403:
-                return
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded(f"must answer within {self._start_timeout_s} s", place="weed mini")
-            time.sleep(0.05)
+    def _answers(self) -> bool:
+        folders = [f"http://{HOST}:{self._ports['filer']}/buckets/{bucket}/" for bucket in self._buckets]
+        # The buckets are made last. The S3 port answers before it knows its keys: 403 means that it does.
+        return all(map(_is_there, folders)) and _status(f"{self.endpoint_url}/{self._buckets[0]}") == 403
 
 
 def _status(url: str) -> int:
@@ -209,7 +155,7 @@ def _status(url: str) -> int:
         return 0
 
 
-def _answers(url: str) -> bool:
+def _is_there(url: str) -> bool:
     return _status(url) == 200
 
 
@@ -231,17 +177,17 @@ def _free_ports(count: int) -> list[int]:
         while len(ports) < count:
             first = socket.socket()
             held.append(first)
-            first.bind((_HOST, 0))
+            first.bind((HOST, 0))
             port = first.getsockname()[1]
             second = socket.socket()
             held.append(second)
             try:
-                second.bind((_HOST, port + _GRPC_OFFSET))
+                second.bind((HOST, port + _GRPC_OFFSET))
             except (OSError, OverflowError):
                 continue
             ports.append(port)
     except OSError as error:
-        raise StoreError(f"needs {count} free ports on {_HOST}", value=error.strerror, place="S3Server") from error
+        raise StoreError(f"needs {count} free ports on {HOST}", value=error.strerror, place="S3Server") from error
     finally:
         for one in held:
             one.close()

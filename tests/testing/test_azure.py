@@ -93,14 +93,7 @@ def test_a_server_that_does_not_start_in_time_is_killed(monkeypatch: pytest.Monk
     fake(tmp_path, monkeypatch, "exec sleep 1000")
     killed: list[int] = []
     server = AzureServer(start_timeout_s=0)
-    start = server._start
-
-    def started(program: str) -> object:
-        process = start(program)
-        killed.append(process.pid)
-        return process
-
-    monkeypatch.setattr(server, "_start", started)
+    monkeypatch.setattr(server, "_answers", lambda: killed.append(server.pid))
     with pytest.raises(DeadlineExceeded, match="must answer within"):
         server.__enter__()
     assert len(killed) == 1

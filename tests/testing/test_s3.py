@@ -77,14 +77,7 @@ def test_a_server_that_does_not_start_in_time_is_killed(monkeypatch: pytest.Monk
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     killed: list[int] = []
     server = S3Server(start_timeout_s=0)
-    start = server._start
-
-    def started(binary: str) -> object:
-        process = start(binary)
-        killed.append(process.pid)
-        return process
-
-    monkeypatch.setattr(server, "_start", started)
+    monkeypatch.setattr(server, "_answers", lambda: killed.append(server.pid))
     with pytest.raises(DeadlineExceeded, match="must answer within"):
         server.__enter__()
     assert len(killed) == 1
