@@ -4,6 +4,7 @@ Counting is always on: one addition under a lock. Names are dotted, units are pa
 (``store.get.requests``, ``store.get.bytes``, ``loader.wait_s``), so a snapshot explains itself.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ __all__ = ["Counters", "Prices", "counters"]
 
 
 # Guarantees: add() and snapshot() may be called from any thread; a snapshot is one consistent moment; a forked child
-# starts from a copy of its parent's numbers. `_lock` guards `_values`.
+# starts from a copy of its parent's numbers. `_lock` guards `_values`; a finalizer that counts may run while it is held.
 class Counters:
     """A set of named sums.
 
@@ -27,7 +28,7 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._values: dict[str, float] = {}
 
     def add(self, name: str, amount: float = 1) -> None:
@@ -47,7 +48,8 @@ class Counters:
     def snapshot(self) -> dict[str, float]:
         """All sums, sorted by name."""
         with self._lock:
-            return dict(sorted(self._values.items()))
+            values = self._values.copy()
+        return dict(sorted(values.items()))
 
     def since(self, before: Mapping[str, float]) -> dict[str, float]:
         """What was added after the snapshot `before`; names that did not move are left out."""
@@ -57,6 +59,13 @@ class Counters:
 
 counters = Counters()
 """The sums of this process."""
+
+
+def _renew_lock_in_child() -> None:
+    counters._lock = threading.RLock()  # a thread of the parent may have held it, and is not here to let it go
+
+
+os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
 @dataclass(frozen=True, kw_only=True)

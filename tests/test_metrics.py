@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -65,3 +67,20 @@ def test_each_kind_of_request_has_its_price() -> None:
     assert math.isclose(prices.usd({"store.get.bytes": 2e9}), 200)
     assert prices.usd({"local.get.requests": 1e9, "local.get.bytes": 1e12}) == 0
     assert prices.usd({}) == 0
+
+
+def test_a_forked_child_counts_whatever_a_thread_of_its_parent_was_doing() -> None:
+    with counters._lock:
+        forked = ThreadPoolExecutor(1)
+        pid = forked.submit(_fork_and_count).result(timeout=60)
+    forked.shutdown()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def _fork_and_count() -> int:
+    pid = os.fork()
+    if not pid:
+        signal.alarm(30)  # a lock that nobody lets go would hold it for ever
+        counters.add("test.forked")
+        os._exit(0)
+    return pid

@@ -18,6 +18,7 @@ import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
@@ -128,7 +129,9 @@ class Network:
         deadline = began + self.policy.timeout_s + attempt.size / _SLOWEST_BYTES_PER_S
         with bytes_in_flight.reserved(attempt.size, deadline, attempt.place):
             failures = 0
-            last: StoreUnavailable | None = None
+            # Not the error itself: its traceback holds this frame, and such circles would keep stores alive.
+            kind: type[StoreUnavailable] = StoreUnavailable
+            found: object = "nothing, to no request of this process"
             while (turn := self.health.turn(deadline, again=failures > 0)) is not None:
                 sent_at = monotonic()
                 try:
@@ -139,7 +142,7 @@ class Network:
                     if isinstance(error, Throttled) and turn == "go":
                         self.limit.throttled(sent_at)
                     self.health.failed(turn)
-                    failures, last = failures + 1, error
+                    failures, kind, found = failures + 1, type(error), error.value
                     if isinstance(error, BadReply) and failures >= _BAD_REPLIES:
                         break
                     if not isinstance(error, Unreachable):
@@ -164,8 +167,7 @@ class Network:
                     break
                 if not self.health.is_open:  # the breaker has pauses of its own
                     time.sleep(pause_s)
-        found = "nothing, to no request of this process" if last is None else last.value
-        raise (StoreUnavailable if last is None else type(last))(
+        raise kind(
             "the store must answer",
             value=f"{found}, {failures} times in {monotonic() - began:.1f} s",
             place=attempt.place,
@@ -210,7 +212,10 @@ class Network:
             running -= 1
             # A failure does not decide a race while the other may still win, but an answer does.
             if not running or not isinstance(done.error, StoreUnavailable):
-                raise done.error
+                try:
+                    raise done.error
+                finally:
+                    del done  # or the error and this frame hold each other
 
     def _begin(self, attempt: Attempt[T], finished: "queue.SimpleQueue[_Finished[T]]", *, second: bool) -> None:
         def run() -> None:
@@ -221,6 +226,7 @@ class Network:
             except BaseException as raised:  # noqa: BLE001 - raised again by the caller
                 error = raised
             finished.put(_Finished(result, error, monotonic() - began, second))
+            error = None  # or it and this frame hold each other
 
         self.workers.run(run)
 
@@ -238,10 +244,14 @@ class Network:
 
         for task in tasks:
             self.workers.run(lambda task=task: run(task))  # type: ignore[misc]
-        errors = [finished.get() for _ in tasks]
-        for error in errors:
-            if error is not None:
-                raise error
+        ended = [finished.get() for _ in tasks]
+        failed = next(filter(None, ended), None)
+        del ended
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed  # or the error and this frame hold each other
 
 
 class _Finished(Generic[T]):
@@ -259,34 +269,61 @@ bytes_in_flight = ByteBudget(parse_bytes("512MiB", place="bytes in flight"))
 _networks: dict[tuple[str, NetworkPolicy], tuple[Network, int]] = {}
 """Each network with the number of its users. `_networks_lock` guards it."""
 _networks_lock = threading.Lock()
+_left: "deque[tuple[tuple[str, NetworkPolicy], Network]]" = deque()
+"""Networks that a user has left. A finalizer may run on any thread at any moment, also on one that holds the lock: it
+notes here that it was there, and does the rest only if the lock is free; the next one who takes the lock does it otherwise.
+"""
 
 
 def use_network(name: str, policy: NetworkPolicy) -> tuple[Network, Callable[[], None]]:
     """The one network of this process for an endpoint and a policy, and what its user calls, once, when it is done."""
     key = (name, policy)
-    with _networks_lock:
-        network, users = _networks.get(key) or (Network(name, policy), 0)
-        _networks[key] = (network, users + 1)
+    fresh: Network | None = None
+    while True:
+        with _networks_lock:
+            network, users = _networks.get(key, (fresh, 0))
+            if network is not None:
+                _networks[key] = (network, users + 1)
+                break
+        fresh = Network(name, policy)  # not under the lock: it takes a while, and finalizers may run in it
+    if fresh is not None and fresh is not network:
+        fresh.limit.close()
+    _close_left()
 
     def leave() -> None:
-        with _networks_lock:
-            found, users = _networks.get(key, (None, 0))
-            if found is not network:  # made before a fork
-                return
-            if users > 1:
-                _networks[key] = (network, users - 1)
-                return
-            del _networks[key]
-        network.limit.close()
-        network.workers.close()
+        _left.append((key, network))
+        _close_left()
 
     return network, leave
+
+
+def _close_left() -> None:
+    """Close the networks that their last users have left, unless somebody else is at it."""
+    while _left and _networks_lock.acquire(blocking=False):
+        unused = []
+        try:
+            while _left:
+                key, network = _left.popleft()
+                found, users = _networks.get(key, (None, 0))
+                if found is not network:  # made before a fork
+                    continue
+                if users > 1:
+                    _networks[key] = (network, users - 1)
+                    continue
+                del _networks[key]
+                unused.append(network)
+        finally:
+            _networks_lock.release()
+        for network in unused:
+            network.limit.close()
+            network.workers.close()
 
 
 def _forget_in_child() -> None:
     global _networks_lock
     _networks_lock = threading.Lock()
     _networks.clear()  # their threads stayed with the parent
+    _left.clear()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,11 +1,13 @@
 """The policy towards object stores: retries, breaker, hedges, limits; each part alone, then together."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -515,6 +517,36 @@ def test_stores_of_one_endpoint_and_policy_share_their_network(limit_path: Path)
     new, leave_new = use_network(name, NetworkPolicy())
     assert new is not one
     leave_new()
+
+
+def test_a_finalizer_that_leaves_while_its_thread_holds_the_lock_waits_for_nobody(limit_path: Path) -> None:
+    name = f"test {limit_path}"
+    one, leave_one = use_network(name, NetworkPolicy())
+    with network._networks_lock:  # as when the garbage collector runs in the middle of use_network()
+        leave_one()
+    _, leave_two = use_network("another", NetworkPolicy())
+    leave_two()
+    three, leave_three = use_network(name, NetworkPolicy())
+    assert three is not one, "who came next has closed it"
+    leave_three()
+
+
+@pytest.mark.parametrize("hedge", [False, True])
+def test_a_call_that_fails_keeps_nothing_alive(net: Network, hedge: bool) -> None:
+    def refuse(second: bool) -> str:
+        raise StoreUnavailable("x")
+
+    gone = weakref.ref(refuse)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(StoreUnavailable) as raised:
+            net.call(Attempt(send=refuse, place="test", hedge=hedge))
+        del raised, refuse
+        net.workers.close()
+        assert gone() is None, "without a collector, which would run a store's finalizer at any moment"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
