@@ -14,6 +14,7 @@ import hashlib
 import re
 import struct
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
@@ -59,8 +60,18 @@ def write_row(columns: dict[str, Column], *, kind: str, version: int, compressio
     return bytes(data)
 
 
-def read_row(data: Buffer, *, kind: str, version: int, types: Mapping[str, Any], place: str) -> dict[str, Column]:
-    """The columns that `types` names. Unknown columns, which a later minor version may add, are left alone.
+def read_row(
+    data: Buffer,
+    *,
+    kind: str,
+    version: int,
+    types: Mapping[str, Any],
+    optional: Mapping[str, Any] = MappingProxyType({}),
+    place: str,
+) -> dict[str, Column]:
+    """The columns that `types` names, and of those that `optional` names the ones that are there.
+
+    Unknown columns, which a later minor version may add, are left alone.
 
     Raises:
         CorruptRecord: not the bytes that were written.
@@ -98,8 +109,10 @@ def read_row(data: Buffer, *, kind: str, version: int, types: Mapping[str, Any],
     if batch.num_rows != 1:
         raise FormatError(f"a {kind} has one row", value=batch.num_rows, place=place)
     columns = {}
-    for name, expected in types.items():
+    for name, expected in [*types.items(), *optional.items()]:
         index = batch.schema.get_field_index(name)
+        if index < 0 and name in optional:
+            continue
         if index < 0 or batch.schema.field(index).type != expected:
             raise FormatError(f"a {kind} has the column {name}: {expected}", place=place)
         columns[name] = batch.column(index)

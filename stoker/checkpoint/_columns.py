@@ -5,7 +5,7 @@ Sizes and offsets are matrices of one row a tensor or chunk, filled up with size
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,14 @@ from ..errors import ConfigError, FormatError, UnsafeName
 from ._arrow import Column, columns_of, row_of
 from ._cover import Ints, sort_order
 from .blob import DTYPES, Chunk
+from .log import parse_step_directory
 
 __all__ = [
     "BLOBS_TYPE",
     "CHUNKS_TYPE",
     "CRC_BLOCK_BYTES",
     "HELD_TYPE",
+    "ORIGINS_TYPE",
     "STATES_TYPE",
     "TENSORS_TYPE",
     "BlobInfo",
@@ -40,8 +42,10 @@ __all__ = [
     "held_row",
     "ints",
     "matrix_of_tuples",
+    "origins_row",
     "read_blobs",
     "read_boxes",
+    "read_origins",
     "read_spans",
     "read_states",
     "read_tensors",
@@ -80,6 +84,7 @@ CHUNKS_TYPE = pa.large_list(
 BLOBS_TYPE = pa.large_list(
     pa.struct([("path", pa.string()), ("size_bytes", pa.int64()), ("crc32c", pa.list_(pa.uint32()))])
 )
+ORIGINS_TYPE = pa.large_list(pa.struct([("blob", pa.int32()), ("sha256", pa.string()), ("home", pa.string())]))
 STATES_TYPE = pa.large_list(pa.struct([("path", pa.string()), ("size_bytes", pa.int64()), ("sha256", pa.string())]))
 
 
@@ -112,18 +117,26 @@ class BlobInfo:
         path: below the step's directory, as :func:`blob_path` makes it.
         size_bytes: of the file.
         crcs: CRC32C of each :data:`CRC_BLOCK_BYTES` of the file; the last block may be shorter.
+        sha256: of the file, 64 hexadecimal digits, if a later step may refer to it; else empty.
+        home: the step directory where it lies under the same path; empty if it is the step's own.
 
     Raises:
-        UnsafeName: another path.
-        ConfigError: another number of checksums than the size asks for.
+        UnsafeName: another path, or a home that is no step directory.
+        ConfigError: another number of checksums than the size asks for, or no SHA-256.
     """
 
     path: str
     size_bytes: int
     crcs: NDArray[np.uint32]
+    sha256: str = ""
+    home: str = ""
 
     def __post_init__(self) -> None:
         writer_of(self.path)
+        if self.home and parse_step_directory(self.home) is None:
+            raise UnsafeName("a blob's home is a step directory", value=self.home[:200], place=self.path)
+        if (self.sha256 or self.home) and not _SHA256.fullmatch(self.sha256):
+            raise ConfigError("a SHA-256 has 64 hexadecimal digits", value=self.sha256[:80], place=self.path)
         blocks = -(-self.size_bytes // CRC_BLOCK_BYTES)
         if self.size_bytes < 0 or self.crcs.shape != (blocks,) or self.crcs.dtype != np.uint32:
             raise ConfigError(
@@ -340,6 +353,20 @@ def blobs_row(blobs: Sequence[BlobInfo]) -> Column:
     )
 
 
+def origins_row(blobs: Sequence[BlobInfo]) -> Column | None:
+    """SHA-256 and home of the blobs that have them; None if none has."""
+    known = [(i, blob.sha256, blob.home) for i, blob in enumerate(blobs) if blob.sha256]
+    if not known:
+        return None
+    index, sha256, home = zip(*known, strict=True)
+    columns = {
+        "blob": _column(index, pa.int32()),
+        "sha256": _column(sha256, pa.string()),
+        "home": _column(home, pa.string()),
+    }
+    return _struct_row(columns, ORIGINS_TYPE)
+
+
 def states_row(states: Sequence[StateInfo]) -> Column:
     return _struct_row(
         {
@@ -410,6 +437,23 @@ def read_blobs(row: Column, place: str) -> tuple[BlobInfo, ...]:
     if len({blob.path for blob in blobs}) != len(blobs):
         raise FormatError("each blob has a path of its own", place=place)
     return tuple(blobs)
+
+
+def read_origins(row: Column | None, blobs: tuple[BlobInfo, ...], place: str) -> tuple[BlobInfo, ...]:
+    """`blobs` with SHA-256 and home of those that have them; `row` is None in a step that was saved without."""
+    if row is None:
+        return blobs
+    columns = columns_of(row, place)
+    of_blob = _numpy(columns["blob"])
+    if ((of_blob < 0) | (of_blob >= len(blobs))).any() or len(np.unique(of_blob)) != len(of_blob):
+        raise FormatError("an origin belongs to a blob, one to each at most", place=place)
+    result = list(blobs)
+    try:
+        for i, sha256, home in zip(of_blob, columns["sha256"].to_pylist(), columns["home"].to_pylist(), strict=True):
+            result[i] = replace(result[i], sha256=sha256, home=home)
+    except ConfigError as error:
+        raise FormatError(error.rule, value=error.value, place=f"{place}: {error.place}") from None
+    return tuple(result)
 
 
 def read_states(row: Column, place: str) -> tuple[StateInfo, ...]:

@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import StoreFull
+from ..storage import _memory
 from ..storage._checksums import crc32c
 from ..storage._locks import try_lock, unlock
 from ..storage._posix import pread_into, pwrite_all, shared_memory_directory
@@ -60,6 +61,8 @@ _FORMAT = 2
 _MAX_TAIL_BYTES = 1 << 30
 _SPARE_BYTES = 64 << 20
 """An arena of a dead process that is larger than needed by more than this is made anew instead of being kept."""
+_SPARE = 1.1
+"""How much more must be available than an arena takes: the last byte of memory is not for checkpoints."""
 _TORN_S = 3600.0
 """A header that can't be read belongs to nobody after this time: making an arena takes seconds."""
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
@@ -98,9 +101,22 @@ class Arena:
         rank, slot: which of the root's arenas.
         size_bytes: of the image.
         shared_only: raise OSError instead of falling back.
+        anonymous_only: don't try shared memory.
+
+    Raises:
+        StoreFull: there is no memory for it. Shared memory may be had beyond what the machine has; then the kernel kills.
     """
 
-    def __init__(self, *, root_id: str, rank: int, size_bytes: int, slot: int = 0, shared_only: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        root_id: str,
+        rank: int,
+        size_bytes: int,
+        slot: int = 0,
+        shared_only: bool = False,
+        anonymous_only: bool = False,
+    ) -> None:
         self.size_bytes, self.slot = size_bytes, slot
         self.path: Path | None = None
         self._fd = -1
@@ -114,26 +130,23 @@ class Arena:
             "slot": slot,
             "length": size_bytes,
         }
-        try:
-            self._memory = self._map_shared(arena_path(root_id, rank, slot))
-        except OSError as error:
-            self._close_fd()
-            if shared_only:
-                raise
-            logger.warning(
-                "staging in anonymous memory, which does not survive the process: %s (asked for %d bytes of /dev/shm)",
-                error,
-                size_bytes,
-            )
+        if anonymous_only:
+            self._memory = self._map_anonymous()
+        else:
+            self._require_memory(root_id, rank)
             try:
-                self._memory = mmap.mmap(-1, HEADER_BYTES + size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            except (OSError, MemoryError) as failed:
-                raise StoreFull(
-                    "staging needs memory for one copy of this rank's state",
-                    value=f"{size_bytes} bytes",
-                    place="staging arena",
-                    hint="shard the state over more ranks or free memory",
-                ) from failed
+                self._memory = self._map_shared(arena_path(root_id, rank, slot))
+            except OSError as error:
+                self._close_fd()
+                if shared_only:
+                    raise
+                self._memory = self._map_anonymous()
+                logger.warning(
+                    "staging in anonymous memory, which does not survive the process: %s (asked for %d bytes of "
+                    "/dev/shm)",
+                    error,
+                    size_bytes,
+                )
         # A forked DataLoader worker must not hold (or copy) gigabytes of staging memory.
         self._memory.madvise(mmap.MADV_DONTFORK)
         _populate(self._memory)
@@ -144,6 +157,29 @@ class Arena:
         # arena is left to the next process.
         self._unlink = weakref.finalize(self, _unlink_own, self.path, self._identity(), os.getpid())
         self._unlink.atexit = False
+
+    def _require_memory(self, root_id: str, rank: int) -> None:
+        """Raise StoreFull if the machine has less than it takes, what a run before has left of this arena included."""
+        held = 0
+        with suppress(OSError):
+            held = os.stat(arena_path(root_id, rank, self.slot), follow_symlinks=False).st_blocks * 512
+        available, total = _memory.available_memory()
+        if total and _SPARE * self.size_bytes > available + held:
+            raise self._no_memory(f"{available + held} bytes available")
+
+    def _map_anonymous(self) -> mmap.mmap:
+        try:
+            return mmap.mmap(-1, HEADER_BYTES + self.size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, MemoryError) as error:
+            raise self._no_memory(str(error)) from error
+
+    def _no_memory(self, why: str) -> StoreFull:
+        return StoreFull(
+            f"staging needs {self.size_bytes} bytes of memory for this rank's state",
+            value=why,
+            place="staging arena",
+            hint="shard the state over more ranks or free memory",
+        )
 
     def _map_shared(self, path: Path) -> mmap.mmap:
         length = HEADER_BYTES + self.size_bytes

@@ -21,7 +21,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from ..storage._units import Buffer, format_bytes
 __all__ = [
     "ALIGN_BYTES",
     "DTYPES",
+    "ELSEWHERE_PATH",
     "LARGE_BYTES",
     "MAX_HEADER_BYTES",
     "VERSION",
@@ -40,6 +41,7 @@ __all__ = [
     "DType",
     "HeaderEntry",
     "Place",
+    "elsewhere_image",
     "header_size",
     "plan_blobs",
     "read_header",
@@ -195,20 +197,31 @@ class BlobImage:
         size_bytes: of the file, a multiple of 4096.
         places: of the chunks in it, by byte offset; they do not overlap.
         pads: (byte offset, byte length) of the stretches in between, which must be zeros.
+        settled: whether it holds only chunks that may well be the same in the next save.
     """
 
     header: bytes
     size_bytes: int
     places: tuple[Place, ...]
     pads: tuple[tuple[int, int], ...]
+    settled: bool = False
 
 
-def plan_blobs(chunks: Sequence[Chunk], *, max_bytes: int = 8 << 30, max_chunks: int = 100_000) -> list[BlobImage]:
+def plan_blobs(
+    chunks: Sequence[Chunk],
+    *,
+    settled: Sequence[str] = (),
+    max_bytes: int = 8 << 30,
+    max_chunks: int = 100_000,
+) -> list[BlobImage]:
     """Lay chunks out in files; the same chunks in the same order give the same bytes.
 
     The n-th chunk of one tensor goes to the n-th group of files, where a group is one file unless its limits make it
     several. A file holds at most `max_bytes` and `max_chunks`, and its header stays below what safetensors accepts; one
     chunk larger than `max_bytes` gets a file of its own.
+
+    `settled` names a group for each chunk that may well be the same in the next save, and is empty for the others. Each
+    such group has files of its own, which come first: so what else there is does not move them.
 
     Pure and independent of torch; about 10 us a chunk.
 
@@ -217,26 +230,25 @@ def plan_blobs(chunks: Sequence[Chunk], *, max_bytes: int = 8 << 30, max_chunks:
     """
     sizes = [chunk.nbytes for chunk in chunks]
     images = []
-    for group in _by_occurrence(chunks):
+    for name, group in _by_occurrence(chunks, settled or [""] * len(chunks)):
         large = [i for i in group if sizes[i] >= LARGE_BYTES]
         small = [i for i in group if sizes[i] < LARGE_BYTES]
         small.sort(key=lambda i: -DTYPES[chunks[i].dtype].itemsize)  # stable: the given order within one size
         for part in _split(chunks, sizes, large + small, max_bytes, max_chunks):
-            images.append(_lay_out(chunks, sizes, part))
+            image = _lay_out(chunks, sizes, part)
+            images.append(replace(image, settled=True) if name else image)
     return images
 
 
-def _by_occurrence(chunks: Sequence[Chunk]) -> list[list[int]]:
-    """Indices of all first chunks of a tensor, of all second ones, ..."""
+def _by_occurrence(chunks: Sequence[Chunk], settled: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Indices of all first chunks of a tensor, of all second ones, ..., with their group; those without one come last."""
     seen: dict[str, int] = {}
-    groups: list[list[int]] = []
-    for i, chunk in enumerate(chunks):
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, (chunk, name) in enumerate(zip(chunks, settled, strict=True)):
         nth = seen.get(chunk.name, 0)
         seen[chunk.name] = nth + 1
-        if nth == len(groups):
-            groups.append([])
-        groups[nth].append(i)
-    return groups
+        groups.setdefault((name, nth), []).append(i)
+    return [(name, groups[name, nth]) for name, nth in sorted(groups, key=lambda key: (not key[0], *key))]
 
 
 def _split(
@@ -322,6 +334,26 @@ def _lay_out(chunks: Sequence[Chunk], sizes: Sequence[int], order: list[int]) ->
         places=tuple(Place(i, base + start, length) for i, start, length in places),
         pads=tuple((base + start, length) for start, length in pads),
     )
+
+
+ELSEWHERE_PATH = "data/elsewhere.safetensors"
+"""Beside the files of a step that refers to others, which lie in other directories."""
+_ELSEWHERE = "this step refers to files in other directories: load it with stoker"
+
+
+def elsewhere_image() -> bytes:
+    """A valid file, for :data:`ELSEWHERE_PATH`: safetensors finds one empty tensor in it, torch's reader a KeyError.
+
+    >>> list(json.loads(elsewhere_image()[8:]))
+    ['__metadata__', 'this step refers to files in other directories: load it with stoker']
+    """
+    document = {
+        _METADATA: {"format": "pt", "DCP_SHARDING_INFO": "{}"},
+        _ELSEWHERE: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]},
+    }
+    text = _compact(document).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _listed_offsets(chunk: Chunk) -> list[int]:

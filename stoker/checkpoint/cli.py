@@ -28,11 +28,14 @@ _Step = Annotated[int | None, typer.Option("--step", min=0, help="A committed st
 def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None) -> None:
     """List the committed steps under a root, with the metrics that they were saved with, the newest marked.
 
+    Of an incremental step, "new" is what it did not find in an older one. Directories of retired steps that are kept for
+    such blobs are listed, too.
+
     \b
     stoker ckpt ls /nvme/run
     stoker ckpt ls s3://bucket/run -o endpoint_url=http://127.0.0.1:8333
     """
-    from .log import CheckpointLog, step_directory
+    from .log import CheckpointLog, kept_blobs, step_directory
     from .reader import read_manifest
 
     with open_store(url, **parse_options(option)) as store:
@@ -57,27 +60,42 @@ def list_steps(url: _Url, json: JsonFlag = False, option: StorageOptions = None)
                 continue
             sizes = [blob.size_bytes for blob in manifest.blobs.values()]
             sizes += [state.size_bytes for state in manifest.states.values()]
+            elsewhere = sum(blob.size_bytes for blob in manifest.blobs.values() if blob.home)
             rows.append(
                 {
                     **row,
                     "bytes": sum(sizes),
+                    "new_bytes": sum(sizes) - elsewhere,
                     "age_s": round(max(0.0, time() - modified_s), 1),
                     "world_size": manifest.world_size,
                     "tensors": len(manifest.tensor_names),
                     "error": None,
                 }
             )
+    live_directories = {row["directory"] for row in rows}
+    kept: list[dict[str, Any]] = [
+        {
+            "directory": directory,
+            "blobs": sorted(blobs),
+            "steps": sorted(step for step, live in head.live.items() if directory in live.refs),
+        }
+        for directory, blobs in sorted(kept_blobs(head.live.values()).items())
+        if directory not in live_directories
+    ]
     ok = not any(row["error"] for row in rows)
-    lines = [("step", "level", "bytes", "age", "world size", "tensors", "metrics", "")]
+    lines = [("step", "level", "bytes", "new", "age", "world size", "tensors", "metrics", "")]
     for row in rows:
         mark = "newest" if row["newest"] else ""
         first, metrics = (str(row["step"]), row["level"]), _metrics_text(row["metrics"])
         if row["error"]:
-            lines.append((*first, "-", "-", "-", "-", metrics, f"{mark} damaged: {row['error']}".strip()))
+            lines.append((*first, "-", "-", "-", "-", "-", metrics, f"{mark} damaged: {row['error']}".strip()))
         else:
-            size, age = format_bytes(row["bytes"]), _age(row["age_s"])
-            lines.append((*first, size, age, str(row["world_size"]), f"{row['tensors']:,}", metrics, mark))
-    emit({"ok": ok, "url": store.url, "steps": rows}, _table(lines), as_json=json)
+            size, new, age = format_bytes(row["bytes"]), format_bytes(row["new_bytes"]), _age(row["age_s"])
+            lines.append((*first, size, new, age, str(row["world_size"]), f"{row['tensors']:,}", metrics, mark))
+    text = _table(lines)
+    for one in kept:
+        text += f"{one['directory']}: retired, kept for {len(one['blobs'])} files of steps {_listed(one['steps'])}\n"
+    emit({"ok": ok, "url": store.url, "steps": rows, "kept": kept}, text, as_json=json)
     if not ok:
         raise typer.Exit(1)
 
@@ -94,8 +112,10 @@ def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageO
     from .reader import read_manifest, resolve_step
 
     with open_store(url, **parse_options(option)) as store:
+        head = CheckpointLog(store).head()
         found, live, newest = resolve_step(CheckpointLog(store), step, store.url)
         directory = step_directory(found, live.nonce)
+        needed_by = sorted(s for s, one in (head.live if head is not None else {}).items() if directory in one.refs)
         manifest = read_manifest(store, directory, live)
     tensors: list[dict[str, Any]] = []
     lines = [("tensor", "dtype", "shape", "chunks", "bytes")]
@@ -108,8 +128,14 @@ def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageO
     states: list[dict[str, Any]] = [
         {"path": state.path, "bytes": state.size_bytes} for state in manifest.states.values()
     ]
-    blobs: list[dict[str, Any]] = [{"path": blob.path, "bytes": blob.size_bytes} for blob in manifest.blobs.values()]
-    files = [("file", "bytes"), *((one["path"], format_bytes(one["bytes"])) for one in (*states, *blobs))]
+    blobs: list[dict[str, Any]] = [
+        {"path": blob.path, "bytes": blob.size_bytes, "directory": blob.home or directory}
+        for blob in manifest.blobs.values()
+    ]
+    files = [("file", "bytes", "")]
+    for one in (*states, *blobs):
+        home = one.get("directory", directory)
+        files.append((one["path"], format_bytes(one["bytes"]), "" if home == directory else f"in {home}"))
     report = {
         "ok": True,
         "url": store.url,
@@ -122,12 +148,15 @@ def show(url: _Url, step: _Step = None, json: JsonFlag = False, option: StorageO
         "tensors": tensors,
         "states": states,
         "blobs": blobs,
+        "needed_by": needed_by,
     }
     ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
-    head = f"step {found} of {store.url}, {_LEVEL}, saved by {ranks} in {directory}"
+    title = f"step {found} of {store.url}, {_LEVEL}, saved by {ranks} in {directory}"
     if live.metrics:
-        head += f"\nmetrics: {_metrics_text(_metrics(live.metrics))}"
-    emit(report, f"{head}\n\n{_table(lines)}\n{_table(files)}", as_json=json)
+        title += f"\nmetrics: {_metrics_text(_metrics(live.metrics))}"
+    if needed_by:
+        title += f"\nsteps {_listed(needed_by)} refer to files of it"
+    emit(report, f"{title}\n\n{_table(lines)}\n{_table(files)}", as_json=json)
 
 
 @app.command("verify")
@@ -296,6 +325,10 @@ def _metrics_text(metrics: Mapping[str, float | str]) -> str:
     return ", ".join(
         f"{name}={value}" if isinstance(value, str) else f"{name}={value:.6g}" for name, value in metrics.items()
     )
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps[:8])) + (f" and {len(steps) - 8} more" if len(steps) > 8 else "")
 
 
 def _age(seconds: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import AlreadyExists, AttemptCollected, CommitUnknown, Fenced, KeyNotFound, SaveFailed, SaveSkipped
 from ..storage.store import ObjectStore
+from .blob import ELSEWHERE_PATH, elsewhere_image
 from .log import CheckpointLog, Record
 from .manifest import Fragment, Manifest, merge
 
@@ -138,13 +139,10 @@ def collect_fragments(store: ObjectStore, attempt: Attempt, own: Fragment | None
         )
     for rank, fragment in fragments.items():
         for blob in fragment.blobs if fragment is not own else ():
-            size = store.head(f"{attempt.directory}/{blob.path}").size
+            key = f"{blob.home or attempt.directory}/{blob.path}"
+            size = store.head(key).size
             if size != blob.size_bytes:
-                raise SaveFailed(
-                    f"rank {rank} wrote {blob.size_bytes} bytes",
-                    value=size,
-                    place=store.place(f"{attempt.directory}/{blob.path}"),
-                )
+                raise SaveFailed(f"rank {rank} wrote {blob.size_bytes} bytes", value=size, place=store.place(key))
     return merge(
         [fragments[rank] for rank in range(attempt.world_size)],
         world_size=attempt.world_size,
@@ -162,7 +160,13 @@ def rank_failed(store: ObjectStore, attempt: Attempt, rank: int) -> SaveFailed:
 
 
 def write_manifest(store: ObjectStore, attempt: Attempt, manifest: Manifest) -> None:
-    """Create the manifest; one's own from a lost reply is fine."""
+    """Create the manifest; one's own from a lost reply is fine.
+
+    Before it, where the step refers to blobs elsewhere, a file beside its own that torch's Hugging Face reader trips over:
+    without those blobs it may load a part of a tensor and say nothing.
+    """
+    if manifest.refs:
+        store.put(f"{attempt.directory}/{ELSEWHERE_PATH}", elsewhere_image())
     data = manifest.to_bytes()
     try:
         store.create(attempt.manifest_key, data)

@@ -376,7 +376,7 @@ class StokerWriter(StorageWriter):
             )
             try:
                 if let_go is None:
-                    blobs.stage(memory_of)
+                    blobs.stage(memory_of, deadline=attempt.deadline)
                 else:
                     blobs.write_staged()
                 blobs.checksums_done(attempt.deadline)

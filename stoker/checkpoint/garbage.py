@@ -1,19 +1,19 @@
 """What lies below a root that no step needs: found, announced, then deleted. Needs no torch.
 
-Mark and sweep, without counters: the marks are what the records of the log need, so whatever dies in between leaves
+Mark and sweep, without counters: the marks are what the records of the log need, steps and single blobs of others, so whatever dies in between leaves
 garbage and never a step that lacks a byte. Data stays for its grace: an attempt may be in flight, and a reader may be at
 a step that was retired a moment ago.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from time import time
 from typing import Any, Literal
 
 from ..storage.store import ObjectInfo, ObjectStore
-from .log import CheckpointLog, Record, collect_record, parse_step_directory
+from .log import CheckpointLog, Record, collect_record, kept_blobs, parse_step_directory
 
-__all__ = ["Attempt", "GcReport", "Leftovers", "announce", "collect_garbage", "find_leftovers"]
+__all__ = ["Attempt", "GcReport", "Leftovers", "announce", "collect_garbage", "deletable", "find_leftovers"]
 
 _NOTES = ("probe/", "stop/")
 """Small objects by which the ranks of one run find each other; a later run has no use for them."""
@@ -26,7 +26,7 @@ class Attempt:
     Attributes:
         directory, step, nonce: which.
         reason: ``"retired"``: it was a step, or the log announced it as deleted; ``"unfinished"``: it never had a manifest.
-        num_objects, num_bytes: what is left of it.
+        num_objects, num_bytes: what is left of it, without blobs that a step refers to: these stay.
         age_s: since its newest object was written.
     """
 
@@ -55,13 +55,18 @@ class Leftovers:
 
 
 def find_leftovers(
-    store: ObjectStore, log: CheckpointLog, *, grace_s: float, spare: Collection[str] = (), run_note: str = ""
+    store: ObjectStore,
+    log: CheckpointLog,
+    *,
+    grace_s: float,
+    spare: Callable[[int, str], bool] = lambda step, nonce: False,
+    run_note: str = "",
 ) -> Leftovers:
     """Look for garbage; changes nothing. Ages compare the store's clock with this machine's.
 
     Args:
         grace_s: data is left alone for so long after it was written, and after the log stopped to need it.
-        spare: nonces that the caller looks after itself.
+        spare: whether the caller looks after an attempt itself, by step and nonce.
         run_note: a note that the caller's run still needs.
 
     Raises:
@@ -73,16 +78,21 @@ def find_leftovers(
     for info in store.list("step-"):
         objects.setdefault(info.key.split("/", 1)[0], []).append(info)
     now = time()
-    head, in_use = log.needed_since(now - grace_s)
-    needed = {nonce for one in head.live.values() for nonce in one.needs}
+    head, since = log.needed_since(now - grace_s)
+    live, kept = {one.nonce for one in head.live.values()}, kept_blobs(head.live.values())
+    in_use, kept_since = {one.nonce for one in since}, kept_blobs(since)
     attempts: list[Attempt] = []
     in_grace: list[Attempt] = []
     for directory, infos in sorted(objects.items()):
         parsed = parse_step_directory(directory)
-        if parsed is None or parsed[1] in needed or parsed[1] in spare:
+        if parsed is None or parsed[1] in live or spare(*parsed):
+            continue
+        infos = _without(infos, directory, kept)
+        if not infos:
             continue
         one = _attempt(directory, *parsed, infos, head, now)
-        (in_grace if one.nonce in in_use or one.age_s < grace_s else attempts).append(one)
+        was_needed = one.nonce in in_use or len(_without(infos, directory, kept_since)) < len(infos)
+        (in_grace if was_needed or one.age_s < grace_s else attempts).append(one)
     notes = [
         info.key
         for prefix in _NOTES
@@ -90,6 +100,17 @@ def find_leftovers(
         if info.key != run_note and now - info.modified_s >= grace_s
     ]
     return Leftovers(attempts=tuple(attempts), in_grace=tuple(in_grace), notes=tuple(notes))
+
+
+def _without(infos: Iterable[ObjectInfo], directory: str, kept: Mapping[str, Collection[str]]) -> list[ObjectInfo]:
+    """The objects of an attempt's directory without the blobs that are kept for other steps."""
+    blobs = kept.get(directory, ())
+    return [info for info in infos if info.key.removeprefix(f"{directory}/") not in blobs]
+
+
+def deletable(store: ObjectStore, directory: str, kept: Mapping[str, Collection[str]]) -> list[ObjectInfo]:
+    """What may go of a directory that is announced as dead; `kept` are blobs by directory (:func:`.log.kept_blobs`)."""
+    return _without(store.list(f"{directory}/"), directory, kept)
 
 
 def _attempt(directory: str, step: int, nonce: str, infos: list[ObjectInfo], head: Record, now: float) -> Attempt:
@@ -167,14 +188,15 @@ def collect_garbage(
     if not dry_run:
         attempts = announce(log, attempts)
         on_start(sum(one.num_objects for one in attempts))
+        record = log.head()
+        kept = kept_blobs(record.live.values()) if record is not None else {}
         for one in attempts:
-            for info in list(store.list(f"{one.directory}/")):
+            for info in deletable(store, one.directory, kept):
                 store.delete(info.key)
                 on_delete(1)
         for key in found.notes:
             store.delete(key)
-        head = log.head()
-        num_records = 0 if head is None else log.truncate(head)
+        num_records = 0 if record is None else log.truncate(record)
     return GcReport(
         url=store.url,
         dry_run=dry_run,

@@ -7,9 +7,10 @@ from typing import Literal
 
 from ..errors import ConfigError, DeadlineExceeded, SaveSkipped, StokerError
 
-__all__ = ["Level", "SaveHandle", "SaveReport"]
+__all__ = ["Level", "SaveHandle", "SaveReport", "Staging"]
 
 Level = Literal["staged", "local", "committed"]
+Staging = Literal["shared memory", "memory", "slabs"]
 _LEVELS: tuple[Level, ...] = ("staged", "local", "committed")
 
 
@@ -21,9 +22,14 @@ class SaveReport:
         step: the step.
         stall_s: how long ``save()`` kept its caller.
         busy_s: the part of `stall_s` that it waited for a save before it.
+        plan_s: the part of `stall_s` that it took the tree apart, and saw or decided which bytes go where.
         staged_bytes: bytes that this rank copied into its staging arena.
         staging_slots: arenas that this rank has: with two, the next save need not wait for this one.
-        staged_s: until the state, with its checksums, was complete in the arena and could survive this process.
+        staging: where the state lies until it is written: in ``"shared memory"``; in ``"memory"`` that goes with this
+            process, where there is not enough of the former; or it passed through two ``"slabs"``, where no whole copy had
+            room: then ``save()`` returned when it was written.
+        staged_s: until the state, with its checksums, was complete in the arena and could survive this process; with
+            slabs, until it was written.
         local_s: until this rank's bytes were durable on the node's disk (``local=``), or under the root without one.
         committed_s: until the step was visible.
     """
@@ -31,8 +37,10 @@ class SaveReport:
     step: int
     stall_s: float
     busy_s: float
+    plan_s: float
     staged_bytes: int
     staging_slots: int
+    staging: Staging
     staged_s: float | None
     local_s: float | None
     committed_s: float | None
@@ -51,8 +59,9 @@ class SaveHandle:
     def __init__(self, step: int, started: float, busy_s: float) -> None:
         self.step = step
         self._started, self._busy_s = started, busy_s
-        self._stall_s = 0.0
+        self._stall_s = self._plan_s = 0.0
         self._staged_bytes = self._staging_slots = 0
+        self._staging: Staging = "shared memory"
         self._reached: dict[Level, float] = {}
         self._levels: dict[Level, Future[None]] = {level: Future() for level in _LEVELS}
         self._observed = False
@@ -103,15 +112,20 @@ class SaveHandle:
             step=self.step,
             stall_s=self._stall_s,
             busy_s=self._busy_s,
+            plan_s=self._plan_s,
             staged_bytes=self._staged_bytes,
             staging_slots=self._staging_slots,
+            staging=self._staging,
             staged_s=self._reached.get("staged"),
             local_s=self._reached.get("local"),
             committed_s=self._reached.get("committed"),
         )
 
-    def mark_returned(self, num_bytes: int, num_slots: int) -> None:
-        self._staged_bytes, self._staging_slots = num_bytes, num_slots
+    def mark_planned(self) -> None:
+        self._plan_s = perf_counter() - self._started - self._busy_s
+
+    def mark_returned(self, num_bytes: int, num_slots: int, staging: Staging) -> None:
+        self._staged_bytes, self._staging_slots, self._staging = num_bytes, num_slots, staging
         self._stall_s = perf_counter() - self._started
 
     def reach(self, level: Level) -> None:

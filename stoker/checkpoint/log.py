@@ -26,7 +26,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
@@ -66,6 +66,7 @@ __all__ = [
     "head_steps",
     "keep_all",
     "keep_last",
+    "kept_blobs",
     "log_key",
     "nonce_of",
     "open_record",
@@ -159,7 +160,7 @@ class LiveStep:
     Attributes:
         nonce: of the attempt whose directory holds it.
         manifest_sha256: of its ``manifest.arrow``.
-        refs: blobs of other attempts that it needs, by directory.
+        refs: blobs of other attempts that it needs, by the directory that they were first written to.
         metrics: what the trainer said about it, for retention.
     """
 
@@ -172,6 +173,20 @@ class LiveStep:
     def needs(self) -> set[str]:
         """Nonces of the attempts whose data it consists of: its own, and those that it refers to."""
         return {self.nonce, *(directory.rpartition("-")[2] for directory in self.refs)}
+
+
+def kept_blobs(steps: Iterable[LiveStep]) -> dict[str, set[str]]:
+    """Blobs that some steps refer to, by directory: what of a retired step must stay.
+
+    >>> home, sha256 = step_directory(10, "0" * 16), "0" * 64
+    >>> kept_blobs([LiveStep(nonce="1" * 16, manifest_sha256=sha256, refs={home: ("data/00000-0.safetensors",)})])
+    {'step-000000000010-0000000000000000': {'data/00000-0.safetensors'}}
+    """
+    kept: dict[str, set[str]] = {}
+    for one in steps:
+        for directory, blobs in one.refs.items():
+            kept.setdefault(directory, set()).update(blobs)
+    return kept
 
 
 Keep: TypeAlias = Callable[[Mapping[int, LiveStep]], Collection[int]]
@@ -188,7 +203,8 @@ class Record:
         run_id: of the run that opened the term.
         kind: what was done: ``open``, ``rewind`` (an ``open`` that abandons newer steps), ``commit``, ``retire``, ``gc``.
         live: the committed steps.
-        dead: nonces of this term whose data may be deleted, or is already; none of them can be committed.
+        dead: nonces of this term whose data may be deleted, or is already, but for the blobs that a live step refers to;
+            none of them can be committed.
     """
 
     seq: int
@@ -202,6 +218,13 @@ class Record:
     def steps(self) -> list[int]:
         """The committed steps, ascending."""
         return sorted(self.live)
+
+    def has(self, directory: str, blob: str) -> bool:
+        """Whether a step that is committed now may refer to a blob: a live step has it, or refers to it."""
+        return any(
+            directory == step_directory(step, one.nonce) or blob in one.refs.get(directory, ())
+            for step, one in self.live.items()
+        )
 
     @property
     def latest(self) -> int | None:
@@ -368,14 +391,14 @@ def open_record(head: Record | None, run_id: str, *, rewind_to: int | None = Non
     if rewind_to is not None and rewind_to not in live:
         raise NoCheckpoint("the step to go back to must be live", value=rewind_to, place="log", hint="restore another")
     abandoned = [] if rewind_to is None else [step for step in sorted(live) if step > rewind_to]
-    dead = tuple(live.pop(step).nonce for step in abandoned)
+    gone = [live.pop(step) for step in abandoned]
     return Record(
         seq=head.seq + 1 if head is not None else 1,
         term=head.term + 1 if head is not None else 1,
         run_id=run_id,
         kind="rewind" if abandoned else "open",
         live=live,
-        dead=dead,
+        dead=_announced((), gone, live),
     )
 
 
@@ -424,13 +447,9 @@ def commit_record(
             place=place,
             hint="another attempt has it: nothing is lost",
         )
-    available: set[tuple[str, str | None]] = {(step_directory(s, one.nonce), None) for s, one in head.live.items()}
-    available |= {
-        (directory, blob) for one in head.live.values() for directory, blobs in one.refs.items() for blob in blobs
-    }
     for directory, blobs in (refs or {}).items():
         for blob in blobs:
-            if (directory, None) not in available and (directory, blob) not in available:
+            if not head.has(directory, blob):
                 raise AttemptCollected(
                     "a blob that is referred to must belong to a live step",
                     value=f"{directory}/{blob}",
@@ -453,25 +472,35 @@ def retire_record(head: Record | None, *, term: int, keep: Keep) -> Record:
 def _retire(head: Record, live: dict[int, LiveStep], keep: Keep, kind: Kind, always: set[int]) -> Record:
     steps = sorted(live)
     kept = set(keep({step: live[step] for step in steps})) | always | set(steps[-1:])
-    retired = [live.pop(step).nonce for step in steps if step not in kept]
-    dead = head.dead + tuple(nonce for nonce in retired if nonce not in head.dead)
+    retired = [live.pop(step) for step in steps if step not in kept]
+    dead = _announced(head.dead, retired, live)
     return Record(seq=head.seq + 1, term=head.term, run_id=head.run_id, kind=kind, live=live, dead=dead)
+
+
+def _announced(dead: tuple[str, ...], gone: Iterable[LiveStep], live: Mapping[int, LiveStep]) -> tuple[str, ...]:
+    """`dead` with the steps that are gone, and with the homes of what these referred to: blobs there may go too now."""
+    known = {*dead, *(one.nonce for one in live.values())}
+    for one in gone:
+        new = [nonce for nonce in (one.nonce, *sorted(one.needs - {one.nonce})) if nonce not in known]
+        known.update(new)
+        dead += tuple(new)
+    return dead
 
 
 def collect_record(head: Record | None, *, nonces: Collection[str]) -> Record:
     """Announce attempts whose data clean-up wants to delete. Anyone may, under any term.
 
     `nonces` must have been listed from the store *before* the newest record was read, by one who leaves young attempts
-    alone: an attempt in flight is refused its commit. What is live or referred to stays out. Once the record is
-    acknowledged, those of `nonces` that are in its `dead` may be deleted.
+    alone: an attempt in flight is refused its commit. What is live stays out. Once the record is acknowledged, those of
+    `nonces` that are in its `dead` may be deleted, but for the blobs that its live steps refer to (:func:`kept_blobs`).
+    No later record can need any other: a commit refers only to what a live step has.
 
     Raises:
         NoCheckpoint: there is no log, so nothing says what is garbage.
     """
     if head is None:
         raise NoCheckpoint("only a log says what may be deleted", place="log")
-    needed = {nonce for one in head.live.values() for nonce in one.needs}
-    new = sorted(set(nonces) - needed - set(head.dead))
+    new = sorted(set(nonces) - {one.nonce for one in head.live.values()} - set(head.dead))
     if not new:
         return head
     return Record(
@@ -614,14 +643,14 @@ class CheckpointLog:
                 logger.warning("%s: old log records were not removed: %s", self._store.place(_PREFIX), error)
         return record
 
-    def needed_since(self, since_s: float) -> tuple[Record, set[str]]:
-        """The newest record, and the nonces of all attempts that the log needed at any time since a moment.
+    def needed_since(self, since_s: float) -> tuple[Record, list[LiveStep]]:
+        """The newest record, and all steps that were live at any time since a moment.
 
         Raises:
             NoCheckpoint: there is no log.
         """
         head: Record | None = None
-        nonces: set[str] = set()
+        steps: dict[str, LiveStep] = {}
         for info in self._store.list(_PREFIX):
             try:
                 record = Record.from_json(self._store.get(info.key), place=self._store.place(info.key))
@@ -630,12 +659,12 @@ class CheckpointLog:
             if record.seq != parse_log_key(info.key):
                 raise _corrupt(self._store.place(info.key))
             head = head or record
-            nonces.update(nonce for one in record.live.values() for nonce in one.needs)
+            steps.update((one.nonce, one) for one in record.live.values())
             if info.modified_s <= since_s:
                 break
         if head is None:
             raise NoCheckpoint("only a log says what may be deleted", place=self._store.place(_PREFIX))
-        return head, nonces
+        return head, list(steps.values())
 
     def outdated(self, head: Record | None) -> list[str]:
         """Keys of the records older than the newest `keep_records`, the newest first."""

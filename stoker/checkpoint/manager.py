@@ -23,7 +23,9 @@ from ._pool import Pool
 from .arena import root_id_of, sweep_dead_arenas
 from .commit import Attempt
 from .handle import SaveHandle
+from .handover import Handover, sweep_dead_handovers
 from .holders import Holders, Roster
+from .incremental import BlobReuse, settled_groups
 from .job import Job
 from .local import LocalTier
 from .log import CheckpointLog, LiveStep, nonce_of, step_directory
@@ -38,7 +40,7 @@ from .retention import KeepBest, checked_metrics, retention
 from .retire import Retirement
 from .salvage import Salvager
 from .slots import Slots
-from .stage import WRITE_THREADS, BlobSave
+from .stage import WRITE_THREADS
 from .stop import StopRequest
 from .term import Term
 from .tree import Documents, TreeView, view_tree
@@ -51,6 +53,8 @@ _CONSTRUCT_TIMEOUT_S = 60.0
 _CLOSE_TIMEOUT_S = 1800.0
 _EXIT_GRACE_S = 5.0
 """How much longer than the deadline of the last save the end of the interpreter waits for it."""
+_TRIES_AHEAD = 8
+"""Attempts at one step that another rank may have begun before this one; two at most that go well, by its arenas."""
 _CHECKSUM_THREADS = 1
 """With two, which on 2 cores leave less of them to the copy, a save stalled an eighth longer and was durable no sooner."""
 _LOCAL_THREADS = 8
@@ -82,6 +86,10 @@ class CheckpointManager:
             ``"auto"``: on where they are on an accelerator, off in host memory. ``"verify"``: on, and a save whose
             tensors were changed before they were copied fails.
         on_busy: what a save does while as many are under way as there are arenas: ``"wait"`` for one, or ``"skip"``.
+        incremental: whether a save refers to what is the same in the newest committed step, instead of writing it again.
+            It goes by files: what no optimizer in the tree changes (frozen parameters, buffers, plain tensors) has files
+            of its own, for each item of the tree, and a file is referred to if it has the same SHA-256. The whole state
+            is staged all the same, and written to `local` in full.
         persist_timeout_s: the deadline of one save, from ``save()`` to its commit.
         grace_s: how long data outlives its retirement, for readers that are still at it.
         stop_on: signals upon which the job is to save and stop; see :meth:`should_stop`. The first one only asks for
@@ -123,6 +131,7 @@ class CheckpointManager:
         replicas: Collection[int] | None = None,
         overlap: OverlapMode = "auto",
         on_busy: Literal["wait", "skip"] = "wait",
+        incremental: bool = False,
         persist_timeout_s: float = 1800.0,
         grace_s: float = 60.0,
         stop_on: Collection[signal.Signals] = (),
@@ -135,7 +144,7 @@ class CheckpointManager:
         if on_busy not in ("wait", "skip"):
             raise ConfigError("on_busy must be 'wait' or 'skip'", value=on_busy, place="CheckpointManager")
         self._pid = os.getpid()
-        self._overlap, self._on_busy = overlap, on_busy
+        self._overlap, self._on_busy, self._incremental = overlap, on_busy, incremental
         self._keep = retention(keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
         self._keep_best = keep_best
         self._store: ObjectStore = open_store(os.fspath(url), **(storage_options or {}))
@@ -153,7 +162,8 @@ class CheckpointManager:
         self._sealer = Pool(1, "stoker-seal")
         self._background = Pool(1, "stoker-persist")
         self._tries: dict[int, int] = {}
-        self._own_nonces: set[str] = set()
+        self._salvaged_nonces: set[str] = set()
+        self._num_restores = 0
         self._pending: list[tuple[SaveHandle, Future[None], float]] = []
         self._closed = False
         self._local = None
@@ -164,7 +174,7 @@ class CheckpointManager:
             self._log,
             grace_s=grace_s,
             is_owner=self.rank == 0,
-            own_nonces=self._own_nonces,
+            is_own=self._is_own_attempt,
             run_note=self._stop.key,
             local=self._local,
         )
@@ -179,10 +189,12 @@ class CheckpointManager:
             retirement=self._retirement,
             roster=self._roster,
             local=self._local,
+            reuse=BlobReuse(self._store, self._log, rank=self.rank) if incremental else None,
         )
         self._slots = Slots(root_id=self._root_id, rank=self.rank, world_size=self.world_size)
         self._hooks = OptimizerHooks()
         sweep_dead_arenas(keep_root_id=self._root_id)
+        sweep_dead_handovers()
         self._salvage()
         self._stop.listen(stop_on)
         self._at_exit = functools.partial(_finish_at_exit, weakref.ref(self))
@@ -202,7 +214,7 @@ class CheckpointManager:
             append=lambda attempt, metrics: self._persister.append(attempt, None, metrics),
         ).run()
         if attempt is not None:
-            self._own_nonces.add(attempt.nonce)
+            self._salvaged_nonces.add(attempt.nonce)
 
     @property
     def rank(self) -> int:
@@ -216,7 +228,9 @@ class CheckpointManager:
 
     # ---------------------------------------------------------------------------------------------------------- save
 
-    def save(self, step: int, tree: dict[str, Any], *, metrics: Mapping[str, float] | None = None) -> SaveHandle:
+    def save(
+        self, step: int, tree: dict[str, Any], *, metrics: Mapping[str, float] | None = None, full: bool = False
+    ) -> SaveHandle:
         """Copy the state and return; writing and committing go on in the background. Every rank calls it.
 
         The tree may hold modules, optimizers, ``Stateful`` objects, (nested dicts of) tensors, DTensors and plain values;
@@ -230,10 +244,13 @@ class CheckpointManager:
             step: of the training; a step is committed once.
             tree: the state.
             metrics: a few numbers about the step, for ``keep_best=``; every log record holds them. Those of rank 0 count.
+            full: with ``incremental=``, write everything, so that the step needs no other's directory.
 
         Raises:
             UnsupportedState: an object that can't be represented, with its path; no byte of the step was written.
             SaveFailed, StoreError: of the save before, if its handle's :meth:`~SaveHandle.wait` did not raise it yet.
+            StoreFull: there is no memory to stage in. Where there is some, but not for a whole copy, this returns when all
+                is written, and raises what kept it from being written.
         """
         started = perf_counter()
         self._check_usable()
@@ -254,14 +271,15 @@ class CheckpointManager:
             documents = {item.name: self._documents.encode(item) for item in view.items.values()}
             signature = plan_signature(view.tensors, rank=self.rank, world_size=self.world_size)
             holders = self._roster.holders(view, signature, attempt, may_write)
-            self._lay_out(view, signature, holders)
+            self._lay_out(tree, view, signature, holders)
+            handle.mark_planned()
             layout, release = self._slots.acquire()
             layout.arena.mark("FILLING", step=step, nonce=attempt.nonce)
             self._retirement.pause(attempt.nonce)
             local = None
             if self._local is not None:
                 local = self._local.target(attempt.directory, sum(image.size_bytes for image in layout.images))
-            blobs = BlobSave(
+            blobs = layout.save_type(
                 layout,
                 store=self._store,
                 directory=attempt.directory,
@@ -273,7 +291,9 @@ class CheckpointManager:
             )
             try:
                 blobs.stage(
-                    lambda piece: piece.memory(view.tensors[piece.chunk.name]), self._late_copy(tree, view, attempt)
+                    lambda piece: piece.memory(view.tensors[piece.chunk.name]),
+                    self._late_copy(tree, view, attempt),
+                    deadline=attempt.deadline,
                 )
             except BaseException:
                 blobs.abort()
@@ -292,7 +312,7 @@ class CheckpointManager:
                 handle.fail_level("local", error)
                 return handle
             raise
-        handle.mark_returned(blobs.num_bytes, self._slots.num_slots)
+        handle.mark_returned(blobs.num_bytes, self._slots.num_slots, layout.staging)
         staged = Staged(
             attempt=attempt,
             blobs=blobs,
@@ -307,6 +327,7 @@ class CheckpointManager:
             tree_hash=_tree_hash(view),
             metrics=numbers,
             local=local,
+            full=full,
             release=release,
         )
         sealed = self._sealer.submit(self._persister.seal, handle, staged)
@@ -398,7 +419,6 @@ class CheckpointManager:
         nth = self._tries.get(step, 0)
         self._tries[step] = nth + 1
         nonce = nonce_of(self._job.run_id, step, nth)
-        self._own_nonces.add(nonce)
         return Attempt(
             step=step,
             nonce=nonce,
@@ -409,9 +429,16 @@ class CheckpointManager:
             deadline=monotonic() + self._timeout_s,
         )
 
-    def _lay_out(self, view: TreeView, signature: Signature, holders: Holders) -> None:
+    def _is_own_attempt(self, step: int, nonce: str) -> bool:
+        """Whether an attempt is this run's: begun here, or by a rank that is ahead of this one. From any thread."""
+        tries = self._tries.get(step, 0) + _TRIES_AHEAD
+        own = (nonce_of(self._job.run_id, step, nth) for nth in range(tries))
+        return nonce in self._salvaged_nonces or nonce in own
+
+    def _lay_out(self, tree: dict[str, Any], view: TreeView, signature: Signature, holders: Holders) -> None:
         """Have the slots laid out for this tree."""
-        key = signature, holders
+        settled = settled_groups(tree, view) if self._incremental else {}
+        key = signature, holders, settled
         if self._slots.key == key:
             return
         self._settle()
@@ -421,6 +448,7 @@ class CheckpointManager:
             world_size=self.world_size,
             held=holders,
             buffers=view.buffers,
+            settled=settled,
         )
         self._slots.prepare(plan, key)
 
@@ -430,7 +458,7 @@ class CheckpointManager:
         self._settle()
         view = view_tree(tree)
         signature = plan_signature(view.tensors, rank=self.rank, world_size=self.world_size)
-        self._lay_out(view, signature, self._roster.assumed())
+        self._lay_out(tree, view, signature, self._roster.assumed())
         self._slots.grow(wait=True)
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -464,7 +492,8 @@ class CheckpointManager:
 
         Tensors are written in place, ``Stateful`` objects get ``load_state_dict``, nested dicts of plain values are
         updated in place. World size and sharding may differ from the saving job's. Every byte is verified, and comes from
-        the nearest copy that has it right: arenas in this node's shared memory, its own disk, the root.
+        the nearest copy that has it right: arenas in this node's shared memory, another rank of this node that reads it
+        as well, the node's own disk, the root.
 
         Args:
             tree: what to restore; the same items as at ``save``.
@@ -480,6 +509,7 @@ class CheckpointManager:
         started = perf_counter()
         self._check_usable()
         self._settle()
+        self._num_restores += 1
         found, live, newest = self._resolve(step)
         directory = step_directory(found, live.nonce)
         manifest = read_manifest(self._store, directory, live)
@@ -498,6 +528,12 @@ class CheckpointManager:
                 names=names,
                 strict=strict,
                 of_all_ranks=self._job.of_all_ranks,
+                handover=lambda neighbours: Handover.of_rank(
+                    self.rank,
+                    self.world_size,
+                    neighbours,
+                    names=(self._root_id, self._job.run_id, live.nonce, self._num_restores),
+                ),
             )
         if step is None:
             self._term.stay()

@@ -23,6 +23,7 @@ from ._columns import (
     CHUNKS_TYPE,
     CRC_BLOCK_BYTES,
     HELD_TYPE,
+    ORIGINS_TYPE,
     STATES_TYPE,
     TENSORS_TYPE,
     BlobInfo,
@@ -40,8 +41,10 @@ from ._columns import (
     held_row,
     ints,
     matrix_of_tuples,
+    origins_row,
     read_blobs,
     read_boxes,
+    read_origins,
     read_spans,
     read_states,
     read_tensors,
@@ -91,6 +94,12 @@ _MANIFEST_TYPES: dict[str, Any] = {
     "blobs": BLOBS_TYPE,
     "states": STATES_TYPE,
 }
+_OPTIONAL_TYPES: dict[str, Any] = {"origins": ORIGINS_TYPE}
+
+
+def _optional_columns(blobs: Sequence[BlobInfo]) -> dict[str, Any]:
+    origins = origins_row(blobs)
+    return {} if origins is None else {"origins": origins}
 
 
 class Fragment:
@@ -178,6 +187,21 @@ class Fragment:
         rows = range(len(self._written))
         return written_objects(self._tensors, self._written, self._spans, self.blobs, rows)
 
+    def with_origins(self, origins: Mapping[str, BlobInfo]) -> Self:
+        """The same with SHA-256 and home of some blobs, by path."""
+        return self.of_columns(
+            rank=self.rank,
+            world_size=self.world_size,
+            host=self.host,
+            plan_hash=self.plan_hash,
+            tensors=self._tensors,
+            held=self._held,
+            written=self._written,
+            spans=self._spans,
+            blobs=[origins.get(blob.path, blob) for blob in self.blobs],
+            states=self.states,
+        )
+
     def to_bytes(self) -> bytes:
         """The file ``frag/{rank:05d}.arrow``."""
         return write_row(
@@ -191,6 +215,7 @@ class Fragment:
                 "written": chunks_row(self._tensors, self._written, self._spans),
                 "blobs": blobs_row(self.blobs),
                 "states": states_row(self.states),
+                **_optional_columns(self.blobs),
             },
             kind="stoker.fragment",
             version=VERSION,
@@ -206,8 +231,16 @@ class Fragment:
             FormatError: something else, or a path out of the directory (UnsafeName).
             UnknownVersion: written by a newer major version.
         """
-        row = read_row(data, kind="stoker.fragment", version=VERSION, types=_FRAGMENT_TYPES, place=place)
-        tensors, blobs = read_tensors(row["tensors"], place), read_blobs(row["blobs"], place)
+        row = read_row(
+            data,
+            kind="stoker.fragment",
+            version=VERSION,
+            types=_FRAGMENT_TYPES,
+            optional=_OPTIONAL_TYPES,
+            place=place,
+        )
+        tensors = read_tensors(row["tensors"], place)
+        blobs = read_origins(row.get("origins"), read_blobs(row["blobs"], place), place)
         held = read_boxes(columns_of(row["held"], place), tensors, place)
         columns = columns_of(row["written"], place)
         written = read_boxes(columns, tensors, place)
@@ -363,6 +396,15 @@ class Manifest:
         except KeyError:
             raise FormatError("no blob of that path in the checkpoint", value=path, place="manifest") from None
 
+    @property
+    def refs(self) -> dict[str, tuple[str, ...]]:
+        """Paths of the blobs that lie in other step directories, by directory: what the log holds of them."""
+        refs: dict[str, tuple[str, ...]] = {}
+        for blob in self.blobs.values():
+            if blob.home:
+                refs[blob.home] = (*refs.get(blob.home, ()), blob.path)
+        return refs
+
     def to_bytes(self) -> bytes:
         """The file ``manifest.arrow``. Made once: later calls return the same bytes."""
         if self._bytes is None:
@@ -373,6 +415,7 @@ class Manifest:
                     "chunks": chunks_row(self._tensors, self._boxes, self._spans),
                     "blobs": blobs_row(self._blob_list),
                     "states": states_row(list(self.states.values())),
+                    **_optional_columns(self._blob_list),
                 },
                 kind="stoker.manifest",
                 version=VERSION,
@@ -402,9 +445,16 @@ class Manifest:
                 place=place,
                 hint="the stored object is damaged: restore it from its source, or restore another step by name",
             )
-        row = read_row(data, kind="stoker.manifest", version=VERSION, types=_MANIFEST_TYPES, place=place)
+        row = read_row(
+            data,
+            kind="stoker.manifest",
+            version=VERSION,
+            types=_MANIFEST_TYPES,
+            optional=_OPTIONAL_TYPES,
+            place=place,
+        )
         tensors = read_tensors(row["tensors"], place)
-        blobs = read_blobs(row["blobs"], place)
+        blobs = read_origins(row.get("origins"), read_blobs(row["blobs"], place), place)
         chunks = columns_of(row["chunks"], place)
         boxes = read_boxes(chunks, tensors, place)
         check_order(boxes.tensor, tensors, place)

@@ -24,10 +24,13 @@ class NearCopy(Protocol):
     Attributes:
         tier: its name in reports and counters.
         read_bytes: how much is best read at once; 0 for as much as is asked for. A multiple of a checksum's block.
+        in_memory: whether it is read straight to where the bytes belong, if that is one place: a copy of memory takes
+            any address, O_DIRECT only aligned ones.
     """
 
     tier: str
     read_bytes: int
+    in_memory: bool
 
     def fetch(self, path: str, start: int, buffer: memoryview) -> bool:
         """Fill `buffer` with the bytes of a blob from `start` on; False if the copy does not have them."""
@@ -50,6 +53,7 @@ class ArenaCopy:
 
     tier = "arena"
     read_bytes = CRC_BLOCK_BYTES  # what was read is then still in the processor's cache when it is checked and copied
+    in_memory = True
 
     def __init__(self, root_id: str, nonce: str) -> None:
         self._blobs: dict[str, tuple[int, int, int]] = {}
@@ -93,6 +97,7 @@ class LocalCopy:
 
     tier = "local"
     read_bytes = 0
+    in_memory = False
 
     def __init__(self, local: LocalTier, directory: str) -> None:
         self._local, self._directory = local, directory

@@ -14,9 +14,10 @@ from .arena import write_tail
 from .commit import Attempt, collect_fragments, give_up, report_failure, wait_for_verdict, write_manifest
 from .handle import SaveHandle
 from .holders import Roster
+from .incremental import BlobReuse
 from .local import LocalTier
-from .log import CheckpointLog, Keep, Record, commit_record, step_directory
-from .manifest import Fragment, StateInfo
+from .log import CheckpointLog, Keep, Record, commit_record
+from .manifest import BlobInfo, Fragment, StateInfo
 from .plan import Plan
 from .retire import Retirement
 from .stage import BlobSave
@@ -37,6 +38,7 @@ class Staged:
         states: the documents that this rank writes to the root.
         documents: all documents, by path; the same items on every rank.
         local: where the blobs go on the node's own disk.
+        full: refer to no blob of another step.
         release: gives the arena back.
     """
 
@@ -49,6 +51,7 @@ class Staged:
     tree_hash: str
     metrics: Mapping[str, float] = field(default_factory=dict)
     local: BlobTarget | None
+    full: bool = False
     release: Callable[[], None]
 
 
@@ -66,9 +69,10 @@ class Persister:
         retirement: Retirement,
         roster: Roster,
         local: LocalTier | None,
+        reuse: BlobReuse | None = None,
     ) -> None:
         self._store, self._log, self._term, self._keep = store, log, term, keep
-        self._retirement, self._roster, self._local = retirement, roster, local
+        self._retirement, self._roster, self._local, self._reuse = retirement, roster, local, reuse
         self._host = socket.gethostname()
 
     def seal(self, handle: SaveHandle, staged: Staged) -> "tuple[Fragment, Future[None] | None]":
@@ -160,6 +164,7 @@ class Persister:
 
     def _commit(self, handle: SaveHandle, staged: Staged, fragment: Fragment) -> Record:
         attempt = staged.attempt
+        fragment = fragment.with_origins(self._refer(staged))
         staged.blobs.checksums_done(attempt.deadline)
         staged.blobs.finish()
         for path, data in staged.states.items():
@@ -172,9 +177,20 @@ class Persister:
         else:
             record = wait_for_verdict(self._store, attempt, self._log)
         handle.reach("committed")
+        if self._reuse is not None:
+            self._reuse.committed(attempt.directory, fragment.blobs)
         self._roster.clear(attempt)
         logger.info("step %d is committed under %s", attempt.step, self._store.url)
         return record
+
+    def _refer(self, staged: Staged) -> Mapping[str, BlobInfo]:
+        """The blobs that were held back, by path; those without a home have begun to be written by then."""
+        blobs = staged.blobs
+        found = self._reuse.find(blobs, full=staged.full) if self._reuse is not None else {}
+        for blob in blobs.held:
+            if blobs.paths[blob] not in found or not found[blobs.paths[blob]].home:
+                blobs.write_held(blob)
+        return found
 
     def append(self, attempt: Attempt, own: Fragment | None, metrics: Mapping[str, float]) -> Record:
         """On rank 0: collect the fragments of all ranks, and have the log name the step."""
@@ -188,12 +204,13 @@ class Persister:
                 step=attempt.step,
                 nonce=attempt.nonce,
                 manifest_sha256=manifest.sha256,
+                refs=manifest.refs,
                 metrics=metrics,
                 keep=self._keep,
             )
 
         record, retired = append_noting_retired(self._log, transition)
-        self._retirement.add(step_directory(step, live.nonce) for step, live in retired.items())
+        self._retirement.add(retired)
         return record
 
     def tell_failure(self, attempt: Attempt, error: BaseException) -> None:

@@ -10,8 +10,9 @@ Which ranks have the same DTensor follows from its mesh. Of a plain tensor someb
 """
 
 import heapq
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -81,17 +82,19 @@ class Plan:
         held: all chunks of this rank, after cutting.
         mine: those that this rank writes.
         signature: of what the plan was made from; see :func:`plan_signature`.
+        settled: by tensor, the group of those that may well be the same in the next save; see :func:`.blob.plan_blobs`.
     """
 
     held: list[Piece]
     mine: list[Piece]
     signature: Signature
+    settled: Mapping[str, str] = field(default_factory=dict)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The memory that this process has of `tensor`, outside autograd."""
-    with torch.no_grad():
-        return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    # What to_local() gives without autograd. Entering no_grad for each tensor cost more than copying a small one.
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def plan_signature(tensors: Mapping[str, torch.Tensor], *, rank: int, world_size: int) -> Signature:
@@ -221,6 +224,7 @@ def make_plan(
     world_size: int,
     held: Held | None = None,
     buffers: Collection[str] = frozenset(),
+    settled: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Plan a save of `tensors` (name to live tensor) for this rank. Deterministic; reads no data.
 
@@ -232,21 +236,25 @@ def make_plan(
         for name, tensor in tensors.items()
         for piece in local_pieces(name, tensor, world_size, held=held, meshes=meshes)
     )
-    of_rank, mine = share_out(pieces, rank)
-    return Plan(held=of_rank, mine=mine, signature=plan_signature(tensors, rank=rank, world_size=world_size))
+    of_rank, mine = share_out(pieces, rank, settled)
+    signature = plan_signature(tensors, rank=rank, world_size=world_size)
+    return Plan(held=of_rank, mine=mine, signature=signature, settled=settled)
 
 
-def share_out(pieces: Iterable[tuple[Piece, bool]], rank: int) -> tuple[list[Piece], list[Piece]]:
+def share_out(
+    pieces: Iterable[tuple[Piece, bool]], rank: int, settled: Container[str] = ()
+) -> tuple[list[Piece], list[Piece]]:
     """(what `rank` holds after cutting, what it writes) of its pieces, each given with whether it must stay whole.
 
-    Every replica comes to the same cuts and the same writers from the same pieces.
+    Every replica comes to the same cuts and the same writers from the same pieces. What is `settled` is shared for
+    itself: most saves write only the rest of it, which is to be even then, too.
     """
-    groups: dict[tuple[int, ...], tuple[list[Piece], list[Piece]]] = {}
+    groups: dict[tuple[tuple[int, ...], bool], tuple[list[Piece], list[Piece]]] = {}
     for piece, of_lowest in pieces:
-        groups.setdefault(piece.replicas, ([], []))[of_lowest].append(piece)
+        groups.setdefault((piece.replicas, piece.chunk.name in settled), ([], []))[of_lowest].append(piece)
     held: list[Piece] = []
     mine: list[Piece] = []
-    for replicas, (shared, whole) in groups.items():
+    for (replicas, _), (shared, whole) in groups.items():
         of_lowest_bytes = sum(piece.chunk.nbytes for piece in whole)
         shared = list(_cut(shared, len(replicas)))
         held += shared

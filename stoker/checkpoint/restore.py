@@ -4,7 +4,7 @@ Every rank works out which bytes its own chunks need (:mod:`._select`), after al
 are known and before anything is written.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +16,7 @@ from ..errors import StokerError, TreeMismatch
 from . import values
 from ._select import select
 from .blob import Chunk
+from .handover import Handover, node_id
 from .manifest import TensorInfo
 from .plan import dtype_name, local_pieces
 from .reader import StepReader
@@ -49,7 +50,8 @@ class RestoreReport:
         values: the plain values at the top level of the tree, as restored.
         num_bytes: bytes that this rank read, each verified.
         seconds: wall time.
-        bytes_from: `num_bytes` by the tier they came from: ``"arena"``, ``"local"``, ``"root"``.
+        bytes_from: `num_bytes` by the tier they came from: ``"arena"``, ``"local"``, ``"root"``, or ``"node"``: another
+            rank of this node had read them.
         num_healed: blocks that were damaged in a nearer tier and came from the next one.
     """
 
@@ -103,10 +105,12 @@ def restore_tree(
     names: Sequence[str] | None,
     strict: bool,
     of_all_ranks: Callable[[Any], list[Any]],
+    handover: Callable[[Collection[int] | None], Handover | None] = lambda neighbours: None,
 ) -> RestoreReport:
     """Restore `tree` in place from the step behind `reader`, as rank `rank`.
 
-    `of_all_ranks` gives each rank the values of all: what one rank of a job can't restore, no rank does.
+    `of_all_ranks` gives each rank the values of all: what one rank of a job can't restore, no rank does. `handover` gets
+    the ranks of this node, or None if they are not known, and makes what they share blocks by.
 
     Raises:
         TreeMismatch: names, shapes or dtypes differ; all of them in one message, and nothing was written.
@@ -119,10 +123,13 @@ def restore_tree(
         told = error if isinstance(error, StokerError) else TreeMismatch("a tree is taken apart", value=repr(error))
         of_all_ranks(told)
         raise
-    compared: list[_Differences] = of_all_ranks(own)
-    differences = _Differences.of_job(compared, own=own)
+    everybody: list[tuple[_Differences, str]] = of_all_ranks((own, node_id()))
+    differences = _Differences.of_job([compared for compared, _ in everybody], own=own)
     differences.check(strict=strict)
     targets = job.targets()
+    nodes = [node for _, node in everybody]
+    same = [other for other, node in enumerate(nodes) if node and node == nodes[rank]] if len(nodes) > 1 else None
+    reader.handover = handover(same)
     num_bytes = read_tensors(reader, targets)
     job.apply(targets)
     plain = {

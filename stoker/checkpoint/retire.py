@@ -6,21 +6,35 @@ between two objects as soon as a save begins.
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from time import monotonic
 
 from ..errors import StokerError
 from ..storage.store import ObjectStore
 from ._pool import Pool
-from .garbage import announce, find_leftovers
+from .garbage import announce, deletable, find_leftovers
 from .local import LocalTier
-from .log import CheckpointLog, LiveStep
+from .log import CheckpointLog, LiveStep, kept_blobs, step_directory
 
 __all__ = ["Retirement"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Doomed:
+    """A directory that goes at `due_s` (of :func:`time.monotonic`), and the step that it was, if this run knows it."""
+
+    due_s: float
+    directory: str
+    step: LiveStep | None = None
+
+    @property
+    def directories(self) -> list[str]:
+        """Where something may go with it: nobody else may refer any more to what it referred to."""
+        return [self.directory, *(self.step.refs if self.step is not None else ())]
 
 
 # Guarantees: the methods may be called from any thread; `_lock` guards `_doomed`, `_saving` and `_live`. Only
@@ -30,7 +44,7 @@ class Retirement:
 
     Args:
         is_owner: whether this is rank 0, which looks after the root.
-        own_nonces: of this run's attempts; the set itself, not a copy: a sweep must know the save that begins meanwhile.
+        is_own: whether an attempt, by step and nonce, is this run's, also if only another rank has begun it so far.
         run_note: the note of this run that must stay.
         local: the node's own disk.
     """
@@ -42,24 +56,27 @@ class Retirement:
         *,
         grace_s: float,
         is_owner: bool,
-        own_nonces: AbstractSet[str],
+        is_own: Callable[[int, str], bool],
         run_note: str,
         local: LocalTier | None,
     ) -> None:
         self._store, self._log, self._grace_s = store, log, grace_s
-        self._is_owner, self._own_nonces, self._run_note, self._local = is_owner, own_nonces, run_note, local
+        self._is_owner, self._is_own, self._run_note, self._local = is_owner, is_own, run_note, local
         self._thread = Pool(1, "stoker-retire")
         self._lock = threading.Lock()
-        self._doomed: list[tuple[float, str]] = []
+        self._doomed: list[_Doomed] = []
         self._saving: set[str] = set()
         self._live: Mapping[int, LiveStep] = {}
         self._sweep_due = 0.0
 
-    def add(self, directories: Iterable[str]) -> None:
-        """Delete these step directories, which the log has just announced, after the grace."""
-        due = monotonic() + self._grace_s
+    def add(self, retired: Mapping[int, LiveStep]) -> None:
+        """Delete the data of these steps, which the log has just announced, after the grace."""
+        due_s = monotonic() + self._grace_s
         with self._lock:
-            self._doomed += [(due, directory) for directory in directories]
+            self._doomed += [
+                _Doomed(due_s=due_s, directory=step_directory(step, live.nonce), step=live)
+                for step, live in retired.items()
+            ]
 
     def committed(self, live: Mapping[int, LiveStep]) -> None:
         """The live steps, by a record that is newer than the last one told."""
@@ -103,7 +120,7 @@ class Retirement:
         Their writers are fenced by this run's term.
         """
         found = find_leftovers(
-            self._store, self._log, grace_s=self._grace_s, spare=self._own_nonces, run_note=self._run_note
+            self._store, self._log, grace_s=self._grace_s, spare=self._is_own, run_note=self._run_note
         )
         head = self._log.head()
         if head is not None:
@@ -114,22 +131,33 @@ class Retirement:
         if dead:
             logger.info("deleting what %d attempts of earlier runs left under %s", len(dead), self._store.url)
             with self._lock:
-                self._doomed = [(0.0, one.directory) for one in dead] + self._doomed
+                self._doomed = [_Doomed(due_s=0.0, directory=one.directory) for one in dead] + self._doomed
         if found.in_grace:  # what the run before left a moment ago: no other run may ever come to look
             self._sweep_due = monotonic() + self._grace_s
 
     def _delete_due(self) -> None:
         while True:
             with self._lock:
-                if not self._doomed or self._doomed[0][0] > monotonic():
+                if not self._doomed or self._doomed[0].due_s > monotonic():
                     return
-                directory = self._doomed[0][1]
-            for info in list(self._store.list(f"{directory}/")):
-                if self._is_saving():
+                doomed, *waiting = self._doomed
+            for directory in doomed.directories:
+                if not self._delete(directory, [one.step for one in waiting if one.step is not None]):
                     return
-                self._store.delete(info.key)
             with self._lock:
                 self._doomed.pop(0)
+
+    def _delete(self, directory: str, waiting: Sequence[LiveStep]) -> bool:
+        """Delete what neither a live step nor one that waits for its grace needs; False if a save began meanwhile."""
+        head = self._log.head()
+        needing = [*(head.live.values() if head is not None else ()), *waiting]
+        if any(directory.endswith(f"-{one.nonce}") for one in needing):
+            return True
+        for info in deletable(self._store, directory, kept_blobs(needing)):
+            if self._is_saving():
+                return False
+            self._store.delete(info.key)
+        return True
 
     def close(self) -> None:
         """Finish what is due now and stop."""

@@ -2,6 +2,8 @@
 
 The second one is made after the first save, in the background, so that no save waits for its first touch. With two, the
 newest committed step stays in memory until the next but one save begins: after a crash it is restored from there.
+
+Where memory does not allow even one, two slabs of it stand in the place of an arena (:mod:`.bounce`).
 """
 
 import logging
@@ -9,13 +11,15 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
-from pathlib import Path
 
+from ..errors import StoreFull
+from ..storage import _memory
 from ..storage._posix import shared_memory_directory
 from ..storage._units import format_bytes
 from ._pool import Pool
 from .arena import Arena, arena_headers, is_alive, sweep_dead_arenas
+from .blob import BlobImage
+from .bounce import NUM_SLABS, BouncedLayout, slab_bytes_for
 from .plan import Plan
 from .stage import StagedLayout
 
@@ -28,23 +32,9 @@ _KEEP_FREE = 0.25
 """Part of the memory that a second slot leaves to the trainer; a guess, not measured."""
 
 
-def _available_bytes() -> tuple[int, int]:
-    """(what can be had without swapping, all memory) of this machine, or of this container if that has less."""
-    available = total = 0
-    with suppress(OSError, ValueError, IndexError):
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        available, total = (int(lines[name].split()[0]) << 10 for name in ("MemAvailable", "MemTotal"))
-    with suppress(OSError, ValueError):  # "max" is no number: no limit
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        available, total = min(available, max(0, limit - used)), min(total, limit)
-    return available, total
-
-
 def memory_allows(size_bytes: int, ranks_on_node: int) -> bool:
     """Whether each rank of this node may stage a second copy of its state."""
-    available, total = _available_bytes()
+    available, total = _memory.available_memory()
     try:
         shm = os.statvfs(shared_memory_directory())
     except OSError:
@@ -99,10 +89,10 @@ class Slots:
         self.key = None
         images = StagedLayout.images_of(plan)
         size_bytes = sum(image.size_bytes for image in images)
-        old, self._slots = self._slots, []
-        arenas = [slot.layout.arena for slot in old]
+        old, self._slots = [slot.layout for slot in self._slots], []
+        arenas = [layout.arena for layout in old]
+        keep = next((one.arena for one in old if one.staging != "slabs" and one.arena.size_bytes == size_bytes), None)
         del old
-        keep = next((arena for arena in arenas if arena.size_bytes == size_bytes), None)
         for arena in arenas:
             if arena is not keep:
                 arena.close()
@@ -115,8 +105,20 @@ class Slots:
             }
             if self._rank == 0:
                 sweep_dead_arenas(keep_root_id=self._root_id, take_over=lambda rank: rank >= self._world_size)
-        arena = keep or Arena(root_id=self._root_id, rank=self._rank, size_bytes=size_bytes)
-        self._slots, self.key = [_Slot(StagedLayout(plan, images, arena))], key
+        self._slots, self.key = [_Slot(self._lay_out(plan, images, keep))], key
+
+    def _lay_out(self, plan: Plan, images: list[BlobImage], arena: Arena | None) -> StagedLayout:
+        size_bytes = sum(image.size_bytes for image in images)
+        try:
+            arena = arena or Arena(root_id=self._root_id, rank=self._rank, size_bytes=size_bytes)
+        except StoreFull as error:
+            slabs_bytes = NUM_SLABS * slab_bytes_for(size_bytes)
+            if slabs_bytes >= size_bytes:
+                raise
+            arena = Arena(root_id=self._root_id, rank=self._rank, size_bytes=slabs_bytes, anonymous_only=True)
+            logger.warning("save() will return only when all is written, by way of two slabs of memory: %s", error)
+            return BouncedLayout(plan, images, arena)
+        return StagedLayout(plan, images, arena)
 
     def grow(self, *, wait: bool = False) -> None:
         """Make the second slot in the background, if memory allows it and there is none."""

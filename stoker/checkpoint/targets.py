@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import DeadlineExceeded, StoreError
 from ..storage._units import Buffer
+from ..storage.local import LocalStore
 from ..storage.store import ObjectStore, ObjectWriter
 
 __all__ = ["BlobTarget"]
@@ -19,10 +20,14 @@ class BlobTarget:
         directory: of the attempt, below the store's root.
         threads: open, write and finish; calls return at once.
         may_write: the first byte goes out after it.
+
+    Attributes:
+        reused: the memory that is written from holds something else as soon as it is written; set before :meth:`write`.
     """
 
     def __init__(self, store: ObjectStore, directory: str, threads: Executor, may_write: Future[None]) -> None:
         self._store, self._directory, self._threads, self._may_write = store, directory, threads, may_write
+        self.reused = False
         self._writers: dict[str, tuple[Future[ObjectWriter], int]] = {}
         self._writes: list[Future[None]] = []
 
@@ -34,12 +39,20 @@ class BlobTarget:
         self._may_write.result()
         return self._store.open_writer(f"{self._directory}/{path}", size_bytes)
 
-    def write(self, path: str, offset: int, data: Buffer) -> None:
-        """Write `data`, which stays as it is until :meth:`finish` or :meth:`abort` has returned."""
-        self._writes.append(self._threads.submit(self._write, path, offset, data))
+    def write(self, path: str, offset: int, data: Buffer) -> Future[None]:
+        """Write `data`, which stays as it is until :meth:`finish` or :meth:`abort` has returned.
+
+        If the memory is `reused`, it need stay only until the future is done.
+        """
+        written = self._threads.submit(self._write, path, offset, data)
+        self._writes.append(written)
+        return written
 
     def _write(self, path: str, offset: int, data: Buffer) -> None:
-        self._writers[path][0].result().write_at(offset, data)
+        writer = self._writers[path][0].result()
+        if self.reused and not isinstance(self._store, LocalStore):
+            data = bytes(data)  # a file has it when the call returns; an upload may read it later
+        writer.write_at(offset, data)
 
     def await_all(self, running: Sequence[Future[Any]], deadline: float) -> None:
         """Wait for some futures; raises the first error of any of them, or DeadlineExceeded."""

@@ -1,12 +1,12 @@
 """This run's term in the log: opened by its first save, opened anew now and then, and the rewind that comes with it."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 
 from .commit import wait_for_own_term
 from .job import Job
-from .log import CheckpointLog, LiveStep, Record, Transition, open_record, step_directory
+from .log import CheckpointLog, LiveStep, Record, Transition, open_record
 
 __all__ = ["Term", "append_noting_retired"]
 
@@ -37,11 +37,11 @@ class Term:
     """The term of one run, as seen by one rank.
 
     Args:
-        retire: gets the directories of steps that a rewind abandons.
+        retire: gets the steps that a rewind abandons.
     """
 
     def __init__(
-        self, log: CheckpointLog, job: Job, threads: Executor, *, retire: Callable[[Iterable[str]], None]
+        self, log: CheckpointLog, job: Job, threads: Executor, *, retire: Callable[[Mapping[int, LiveStep]], None]
     ) -> None:
         self._log, self._job, self._threads, self._retire = log, job, threads, retire
         self.number = 0
@@ -76,7 +76,7 @@ class Term:
             self._log,
             lambda head: open_record(head, self._job.run_id, rewind_to=self._rewind_to, above_term=self.number),
         )
-        self._retire(step_directory(step, live.nonce) for step, live in abandoned.items())
+        self._retire(abandoned)
         self.opened_by_rank_0(record.term)
         return record.term
 

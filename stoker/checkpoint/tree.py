@@ -218,7 +218,16 @@ def _split(view: TreeView, item: Item, name: str, value: Any, path: Path, depth:
     if depth > _MAX_DEPTH:
         raise UnsupportedState(f"state may be nested {_MAX_DEPTH} deep at most", place=name, hint="is it a cycle?")
     if type(value) is dict:
-        return {k: _split(view, item, f"{name}.{k}", v, (*path, k), depth + 1) for k, v in value.items()}
+        parts_by_key: dict[Any, Any] = {}
+        for k, v in value.items():
+            place = f"{name}.{k}"
+            if isinstance(v, torch.Tensor):  # without another call: there may be very many
+                view.add(place, v, place)
+                item.tensors.append(((*path, k), place))
+                parts_by_key[k] = None
+            else:
+                parts_by_key[k] = _split(view, item, place, v, (*path, k), depth + 1)
+        return parts_by_key
     if type(value) in (list, tuple):
         parts = [_split(view, item, f"{name}.{i}", v, (*path, i), depth + 1) for i, v in enumerate(value)]
         return parts if type(value) is list else tuple(parts)

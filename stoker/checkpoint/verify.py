@@ -193,8 +193,9 @@ class _Job:
                 whole.append(blob)
             else:
                 self.damages.append(_wrong_size(step, reader, blob, size))
+        paths_of = {self._store.place(reader.key(blob.path)): blob.path for blob in whole}
         for error in reader.damaged_blocks(whole, on_read=on_read):
-            path = error.key.removeprefix(f"{reader.place}/")
+            path = paths_of[error.key]
             self.damages.append(
                 Damage(
                     kind="blob",

@@ -108,11 +108,12 @@ def references(
     found, reader = open_step(url, step, storage_options)
     view = ZarrView(reader.manifest, found)
     refs: dict[str, Any] = {}
+    templates = _templates(reader)
     for path, array in list(view.arrays.items()):
         chunks: dict[str, Any] = {}
         for index in array.indices():
             piece = array.piece(index)
-            reference = _reference(reader, array, piece)
+            reference = _reference(reader, array, piece, templates)
             if reference is None:
                 view.left_out[array.name] = "a short edge chunk can't be referred to"
                 del view.arrays[path]
@@ -126,12 +127,11 @@ def references(
     # One document for all: listing 100,000 arrays one by one would take a minute.
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": nodes}
     documents = {"zarr.json": root, **{f"{path}/zarr.json": node for path, node in nodes.items()}}
-    directory = reader.place
     return References(
         step=found,
         document={
             "version": 1,
-            "templates": {"u": directory if "://" in directory else Path(directory).as_uri()},
+            "templates": dict(templates.values()),
             "refs": {**{key: json.dumps(document) for key, document in documents.items()}, **refs},
         },
         num_arrays=len(view.arrays),
@@ -140,12 +140,23 @@ def references(
     )
 
 
-def _reference(reader: StepReader, array: TensorArray, piece: Piece) -> Any:
+def _templates(reader: StepReader) -> dict[str, tuple[str, str]]:
+    """For each home of the step's blobs, the step's own being "": a short name, and its URL."""
+    root = reader.place.rpartition("/")[0]
+    places = {"": reader.place, **{home: f"{root}/{home}" for home in sorted(reader.manifest.refs)}}
+    return {
+        home: (f"u{n or ''}", place if "://" in place else Path(place).as_uri())
+        for n, (home, place) in enumerate(places.items())
+    }
+
+
+def _reference(reader: StepReader, array: TensorArray, piece: Piece, templates: Mapping[str, tuple[str, str]]) -> Any:
     """[URL, offset, length] of a whole zarr chunk, its bytes, or None."""
     if piece.shape[1:] != array.chunk_shape[1:]:
         return None
-    if piece.offset + array.full_bytes <= reader.manifest.blob(piece.blob).size_bytes:
-        return [f"{{{{u}}}}/{piece.blob}", piece.offset, array.full_bytes]
+    blob = reader.manifest.blob(piece.blob)
+    if piece.offset + array.full_bytes <= blob.size_bytes:
+        return [f"{{{{{templates[blob.home][0]}}}}}/{piece.blob}", piece.offset, array.full_bytes]
     if array.full_bytes > _MAX_INLINE_BYTES:
         return None
     data = reader.read_bytes(piece.blob, piece.offset, piece.offset + piece.length)

@@ -69,7 +69,7 @@ def render(image: BlobImage, chunks: list[Chunk]) -> bytes:
     return bytes(data)
 
 
-def write(directory: Path, chunks: list[Chunk], **limits: int) -> list[BlobImage]:
+def write(directory: Path, chunks: list[Chunk], **limits: Any) -> list[BlobImage]:
     images = plan_blobs(chunks, **limits)
     for n, image in enumerate(images):
         (directory / f"00000-{n}.safetensors").write_bytes(render(image, chunks))

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import time
 from typing import Any
@@ -127,7 +128,34 @@ def test_an_attempt_in_flight_that_is_collected_is_refused_and_the_next_save_wor
     assert verify(tmp_path, all_steps=True).ok
 
 
-def test_data_that_another_step_refers_to_stays(root: Path) -> None:
+def test_what_another_rank_of_the_run_has_begun_ahead_of_rank_0_is_spared(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def rank_1() -> None:
+        with CheckpointManager(tmp_path, rank=1, world_size=2, run_id="run", grace_s=0.0) as ckpt:
+            ckpt.save(1, tree(1)).wait()
+            handle = ckpt.save(2, tree(2))
+            while not list(tmp_path.glob("step-000000000002-*/frag/00001.arrow")):
+                assert not handle.done()
+                handle.wait("staged")
+            begun.set()
+            handle.wait()
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(rank_1)
+        with CheckpointManager(tmp_path, rank=0, world_size=2, run_id="run", grace_s=0.0) as ckpt:
+            ckpt._retirement.pause("until rank 1 is ahead")
+            ckpt.save(1, tree(1)).wait()
+            assert begun.wait(60)
+            ckpt._retirement.resume("until rank 1 is ahead")
+            ckpt._retirement._thread.submit(lambda: None).result()
+            ckpt.save(2, tree(2)).wait()
+            assert ckpt.steps() == [1, 2]
+        other.result()
+    assert verify(tmp_path, all_steps=True).ok
+
+
+def test_of_a_retired_step_only_the_blobs_that_another_one_refers_to_stay(root: Path) -> None:
     (needed,) = (path.name for path in root.glob("step-000000000002-*"))
     blob = "data/00000-0.safetensors"
 
@@ -144,8 +172,9 @@ def test_data_that_another_step_refers_to_stays(root: Path) -> None:
 
     with LocalStore(root) as store:
         CheckpointLog(store).append(commit)
-    assert [one.step for one in collect(root).attempts] == [1, 3, 4]
-    assert (root / needed / blob).exists()
+    assert [one.step for one in collect(root).attempts] == [1, 2, 3, 4]
+    assert [path.relative_to(root / needed) for path in (root / needed).rglob("*") if path.is_file()] == [Path(blob)]
+    assert collect(root).attempts == ()
 
 
 def test_without_a_log_or_with_a_damaged_one_nothing_is_deleted(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:  # fmt: skip

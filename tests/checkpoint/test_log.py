@@ -20,6 +20,7 @@ from stoker.checkpoint.log import (
     collect_record,
     commit_record,
     keep_last,
+    kept_blobs,
     log_key,
     nonce_of,
     open_record,
@@ -291,13 +292,27 @@ def test_a_reference_needs_a_blob_of_a_live_step() -> None:
             committed(head, 30, refs=refs)
 
 
+def test_a_step_that_goes_announces_the_homes_of_what_it_referred_to() -> None:
+    first = step_directory(10, nonce(10))
+    head = committed(history(10), 20, refs={first: ("x",)}, keep=keep_last(1))
+    again = open_record(head, "a", above_term=1)
+    assert again.dead == ()
+    assert committed(again, 30, term=2, keep=keep_last(1)).dead == (nonce(20), nonce(10))
+    assert committed(again, 30, term=2, refs={first: ("x",)}, keep=keep_last(2)).dead == ()
+    two = committed(again, 30, term=2, keep=keep_last(2))
+    assert set(open_record(two, "b", rewind_to=20).dead) == {nonce(30)}
+    assert set(open_record(committed(two, 15, term=2), "b", rewind_to=15).dead) == {nonce(10), nonce(20), nonce(30)}
+
+
 def test_clean_up_announces_only_what_no_step_needs() -> None:
     first = step_directory(10, nonce(10))
     head = committed(open_record(history(10), "a", above_term=1), 20, term=2, refs={first: ("x",)}, keep=keep_last(1))
     head = replace(head, dead=())
     garbage = "f" * 16
     collected = collect_record(head, nonces=[nonce(10), nonce(20), garbage])
-    assert (collected.kind, collected.dead, collected.live) == ("gc", (garbage,), head.live)
+    # Of step 10 one blob is needed, the rest may go.
+    assert (collected.kind, set(collected.dead), collected.live) == ("gc", {nonce(10), garbage}, head.live)
+    assert kept_blobs(collected.live.values()) == {first: {"x"}}
     assert (collected.term, collected.run_id) == (head.term, head.run_id)
     assert collect_record(collected, nonces=[garbage, nonce(20)]) is collected
     with pytest.raises(NoCheckpoint):

@@ -1,7 +1,8 @@
 """The log under every schedule: real transitions and protocol, simulated store, network and time.
 
 Processes are generators that stop before each request; a seeded scheduler decides whose request takes effect next, so a
-process may sleep between its decision and the effect for as long as all others need. Two thousand seeds run a writer that
+process may sleep between its decision and the effect for as long as all others need. Saves may refer to a file of the
+newest step instead of writing their own, also when that step has been retired meanwhile. Two thousand seeds run a writer that
 stalls, a second one that restores and takes over, a third that goes back to an older step, retention, truncation and two
 collectors, over a network that loses replies and delivers requests late. After every effect the invariants are checked.
 
@@ -28,10 +29,12 @@ from stoker.checkpoint.log import (
     commit_record,
     head_steps,
     keep_last,
+    kept_blobs,
     log_key,
     nonce_of,
     open_record,
     parse_log_key,
+    step_directory,
 )
 from stoker.errors import (
     AttemptCollected,
@@ -66,6 +69,8 @@ class Rules:
     open_again_before_data: bool = True
     announce_before_delete: bool = True
     list_before_head: bool = True
+    delete_only_what_nobody_refers_to: bool = True
+    refer_to_first_home: bool = True
 
 
 @dataclass
@@ -155,7 +160,9 @@ class World:
     def check_whole(self) -> None:
         if self.head is not None:
             for one in self.head.live.values():
-                if any((one.nonce, part) not in self.files for part in range(FILES)):
+                referred = {_file(directory, blob) for directory, blobs in one.refs.items() for blob in blobs}
+                own = {(one.nonce, part) for part in range(FILES)} - {(one.nonce, part) for _, part in referred}
+                if not own | referred <= self.files:
                     self.violations["a visible step is torn"] += 1
 
     def acknowledge(self, nonce: str) -> None:
@@ -175,10 +182,33 @@ def ask(world: World, steps: Generator[Request, Any, T]) -> Process[T]:
         return stop.value  # type: ignore[no-any-return]
 
 
-def delete(world: World, nonce: str) -> Process[None]:
+def delete(world: World, nonce: str, record: Record | None = None) -> Process[None]:
+    """Delete the files of an attempt, but for those that the steps of `record` refer to."""
+    kept: set[tuple[str, int]] = set()
+    if record is not None and world.rules.delete_only_what_nobody_refers_to:
+        refs = kept_blobs(record.live.values())
+        kept = {_file(directory, blob) for directory, blobs in refs.items() for blob in blobs}
     for part in range(FILES):
         yield
-        world.delete_file(nonce, part)
+        if (nonce, part) in kept:
+            world.seen["a file kept for another step"] += 1
+        else:
+            world.delete_file(nonce, part)
+
+
+def _file(directory: str, blob: str) -> tuple[str, int]:
+    """The file that a reference names."""
+    return directory.rpartition("-")[2], int(blob)
+
+
+def references(world: World, head: Record | None) -> dict[str, tuple[str, ...]]:
+    """To the file 0 of the newest step: one that never changes."""
+    if head is None or head.latest is None:
+        return {}
+    one = head.live[head.latest]
+    if one.refs and world.rules.refer_to_first_home:
+        return dict(one.refs)
+    return {step_directory(head.latest, one.nonce): ("0",)}
 
 
 def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Process[None]:
@@ -200,7 +230,11 @@ def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Proce
                 term = yield from take_term(world, run_id, None, above_term=term)
             if term == 0:
                 return
-            for part in range(FILES):
+            refs: dict[str, tuple[str, ...]] = {}
+            if nth == 0 and i < 2:  # an incremental save; the first one goes by what was restored, before the term
+                refs = references(world, (yield from ask(world, head_steps())) if i else head)
+                world.seen["a save that refers to another"] += bool(refs)
+            for part in range(1 if refs else 0, FILES):
                 yield
                 world.files.add((nonce, part))
             if term and opens_again and not rules.open_again_before_data:
@@ -209,7 +243,7 @@ def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Proce
                 term = yield from take_term(world, run_id, rewind_to)
             if term == 0:
                 return
-            transition = commit_of(rules, term=term, step=step, nonce=nonce)
+            transition = commit_of(rules, term=term, step=step, nonce=nonce, refs=refs)
             try:
                 record = yield from ask(world, rules.append(transition))
             except Fenced:
@@ -228,7 +262,7 @@ def writer(world: World, run_id: str, num_saves: int, *, back: int = 0) -> Proce
                 break
             world.acknowledge(nonce)
             for dead in record.dead:
-                yield from delete(world, dead)
+                yield from delete(world, dead, record)
             yield
             world.truncate()
             break
@@ -253,9 +287,9 @@ def take_term(world: World, run_id: str, rewind_to: int | None, *, above_term: i
     return record.term
 
 
-def commit_of(rules: Rules, *, term: int, step: int, nonce: str) -> Transition:
+def commit_of(rules: Rules, *, term: int, step: int, nonce: str, refs: dict[str, tuple[str, ...]]) -> Transition:
     return lambda head: rules.commit(
-        head, term=term, step=step, nonce=nonce, manifest_sha256=SHA256, keep=keep_last(KEEP_STEPS)
+        head, term=term, step=step, nonce=nonce, manifest_sha256=SHA256, refs=refs, keep=keep_last(KEEP_STEPS)
     )
 
 
@@ -267,7 +301,7 @@ def collector(world: World) -> Process[None]:
         head = yield from ask(world, head_steps())
         live = {one.nonce for one in head.live.values()} if head is not None else set()
         for nonce in sorted(nonces - live):
-            yield from delete(world, nonce)
+            yield from delete(world, nonce, head)
         return
     try:
         record = yield from ask(world, world.rules.append(lambda head: world.rules.collect(head, nonces=nonces)))
@@ -279,7 +313,7 @@ def collector(world: World) -> Process[None]:
         doomed = {nonce for nonce, _ in world.files} - {one.nonce for one in record.live.values()}
     for nonce in sorted(doomed):
         world.seen["garbage collected"] += 1
-        yield from delete(world, nonce)
+        yield from delete(world, nonce, record)
 
 
 def network(world: World) -> Process[None]:
@@ -365,6 +399,8 @@ GUARDS = [
     "a run that opens again",
     "a run that was fenced when it opened again",
     "garbage collected",
+    "a save that refers to another",
+    "a file kept for another step",
 ]
 
 
@@ -394,6 +430,14 @@ def commit_of_the_dead(head: Record | None, **wanted: Any) -> Record:
     if record is blind and head is not None:
         return head
     return replace(record, dead=(head.dead if head is not None else ()) + record.dead)
+
+
+def commit_of_refs_to_anything(head: Record | None, *, refs: dict[str, tuple[str, ...]], **wanted: Any) -> Record:
+    record = commit_record(head, **wanted)
+    if record is head:
+        return record
+    step = wanted["step"]
+    return replace(record, live={**record.live, step: replace(record.live[step], refs=refs)})
 
 
 def commit_over_another(head: Record | None, *, step: int, nonce: str, **wanted: Any) -> Record:
@@ -475,6 +519,9 @@ MUTANTS: dict[str, Rules] = {
     "a collector lists after it looked at the log": Rules(list_before_head=False),
     "data is written before the term is taken": Rules(open_before_data=False),
     "data is written before the term is taken again": Rules(open_again_before_data=False),
+    "a reference needs no live step": Rules(commit=commit_of_refs_to_anything),
+    "what is dead goes whole": Rules(delete_only_what_nobody_refers_to=False),
+    "a reference may name a reference": Rules(refer_to_first_home=False),
     "no second look after an append": Rules(append=append_without_a_second_look),
     "a lost reply is a failure": Rules(append=append_that_gives_up_on_a_lost_reply),
     "a record may be overwritten": Rules(exclusive_create=False),

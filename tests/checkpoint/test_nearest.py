@@ -7,15 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stoker.checkpoint import CheckpointManager
 from stoker.checkpoint.nearest import ArenaCopy
+from stoker.errors import CorruptBlock
 from stoker.storage.local import LocalStore
 from stoker.testing.proxy import FaultProxy
 from stoker.testing.s3 import S3Server
-from tests.checkpoint.processes import arenas_of, flip_image, killed_after
+from tests.checkpoint.processes import arenas_of, flip, flip_image, killed_after
 
 
 def tree_at(step: int) -> dict[str, Any]:
@@ -115,6 +117,39 @@ def test_an_arena_is_used_only_if_it_is_full_and_holds_the_nonce_that_the_log_na
         arena.mark("FILLING", step=2, nonce=nonce)
         assert not is_there(nonce)
         assert set(ckpt.restore(tree_at(0)).bytes_from) == {"root"}
+
+
+def test_whole_blocks_are_read_from_memory_to_where_they_belong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {"t": torch.zeros(1 << 20), "u": torch.zeros(3)}
+    first = tree["t"].data_ptr()
+    inside = []
+    fetch = ArenaCopy.fetch
+
+    def noting(self: ArenaCopy, path: str, start: int, buffer: memoryview) -> bool:
+        at = np.frombuffer(buffer, np.uint8).ctypes.data
+        inside.append(first <= at < first + tree["t"].nbytes)
+        return fetch(self, path, start, buffer)
+
+    monkeypatch.setattr(ArenaCopy, "fetch", noting)
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(1, {"t": torch.arange(float(1 << 20)), "u": torch.ones(3)}).wait()
+        ckpt.restore(tree)
+    assert torch.equal(tree["t"], torch.arange(float(1 << 20)))
+    assert torch.equal(tree["u"], torch.ones(3))
+    assert sorted(inside) == [False, False, True, True, True]  # 4 MiB that begin behind a header
+
+
+def test_what_no_copy_has_right_fails_the_restore(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as ckpt:
+        ckpt.save(1, tree_at(1)).wait()
+        (arena,) = arenas_of(tmp_path)
+        flip_image(arena, 2 << 20)
+        (blob,) = tmp_path.glob("step-*/data/*")
+        flip(blob, 2 << 20)
+        with pytest.raises(CorruptBlock):
+            ckpt.restore(tree_at(0))
 
 
 def test_a_damaged_block_in_memory_is_healed_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

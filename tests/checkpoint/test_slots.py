@@ -12,7 +12,7 @@ import torch
 from stoker.checkpoint import CheckpointManager, slots
 from stoker.checkpoint.arena import arena_headers, root_id_of
 from stoker.errors import DeadlineExceeded, SaveSkipped
-from stoker.storage import local
+from stoker.storage import _memory, local
 from stoker.storage._posix import shared_memory_directory
 from tests.checkpoint.processes import arenas_of, killed_after
 
@@ -178,15 +178,12 @@ def _planned(ckpt: CheckpointManager, tree: dict[str, Any]) -> Any:
 
     view = view_tree(tree)
     signature = plan_signature(view.tensors, rank=ckpt.rank, world_size=ckpt.world_size)
-    return view, signature, ckpt._roster.assumed()
+    return tree, view, signature, ckpt._roster.assumed()
 
 
 def test_memory_allows_a_second_arena_only_if_enough_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     free = os.statvfs(shared_memory_directory()).f_bavail * 4096
-    monkeypatch.setattr(slots, "_available_bytes", lambda: (8 << 30, 16 << 30))
+    monkeypatch.setattr(_memory, "available_memory", lambda: (8 << 30, 16 << 30))
     assert slots.memory_allows(min(1 << 20, free), 4)
     assert not slots.memory_allows(5 << 30, 1)
     assert not slots.memory_allows(1 << 30, 5)
-    monkeypatch.undo()
-    available, total = slots._available_bytes()
-    assert 0 < available <= total

@@ -28,6 +28,7 @@ TRIALS: dict[str, Callable[[Path], Trial]] = {
     "caching": caching.trial,
     "packing": packing.trial,
     "saving": saving.trial,
+    "saving incremental": saving.trial_incremental,
     "saving ranks": saving.trial_of_ranks,
     "saving with local": saving.trial_with_local,
 }

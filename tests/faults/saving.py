@@ -6,8 +6,9 @@ the newest step, as a job does, and goes on saving; once it has a quiet moment, 
 killed.
 
 In "saving with local" a directory on the node's own disk stands in front of the root. In "saving ranks" the ranks of one
-job, forked and without a process group, share the writing, and all die at once. In "saving on s3" the root is on a real S3
-server, which lives on.
+job, forked and without a process group, share the writing, and all die at once. In "saving incremental" a part of the state
+stays the same for some steps, and steps refer to where it was written first, also when that step has been retired. In
+"saving on s3" the root is on a real S3 server, which lives on.
 """
 
 import json
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from stoker.checkpoint.log import CheckpointLog, step_directory
+from stoker.checkpoint.log import CheckpointLog, kept_blobs, step_directory
 from stoker.checkpoint.manager import CheckpointManager
 from stoker.checkpoint.reader import StepReader, read_manifest, resolve_step
 from stoker.storage import ObjectStore, open_store
@@ -33,8 +34,8 @@ _STEPS_PER_PASS = 5
 _KEEP_LAST = 3
 _WORLD_SIZE = 3
 _S3_NOTE = "s3.json"
-_GRACE_OF_RANKS_S = 5.0
-"""Of several ranks, one may write for the next step before rank 0 knows of it: without a grace that would be garbage."""
+_BASE_STEPS = 7
+"""For so many steps the base stays the same: longer than its first step is kept."""
 
 
 def tree_at(step: int) -> dict[str, Any]:
@@ -51,9 +52,17 @@ def tree_at(step: int) -> dict[str, Any]:
     }
 
 
+def tree_with_base_at(step: int) -> dict[str, Any]:
+    """The same with a base that changes now and then; 1 MiB, since less has no file of its own."""
+    base = torch.arange(1 << 18, dtype=torch.int32) + step // _BASE_STEPS
+    return {"base": {"base": base}, **tree_at(step)}
+
+
 def differences(found: dict[str, Any], step: int) -> list[str]:
     """Names of what is not, bit for bit, the state of `step`."""
-    expected = tree_at(step)
+    expected = tree_with_base_at(step) if "base" in found else tree_at(step)
+    if "base" in found and not torch.equal(expected["base"]["base"], found["base"]["base"]):
+        return ["base"]
     wrong = [
         name
         for name, tensor in expected["model"].items()
@@ -71,16 +80,19 @@ def _place(directory: Path) -> tuple[str, dict[str, Any]]:
     return f"{server['url']}/{directory.name}", server["options"]
 
 
-def work(directory: Path, recorder: Recorder, local: Path | None = None) -> None:
+def work(directory: Path, recorder: Recorder, local: Path | None = None, *, incremental: bool = False) -> None:
     """Restore the newest step, as a job does when it starts, and save the next ones, each while the one before persists."""
     url, options = _place(directory)
-    with CheckpointManager(url, local=local, storage_options=options, keep_last=_KEEP_LAST, grace_s=0.0) as manager:
+    tree_of = tree_with_base_at if incremental else tree_at
+    with CheckpointManager(
+        url, local=local, storage_options=options, keep_last=_KEEP_LAST, grace_s=0.0, incremental=incremental
+    ) as manager:
         newest = _newest(manager)
         if newest >= 0:
-            tree = tree_at(-1)
+            tree = tree_of(-1)
             newest = manager.restore(tree).step
             assert not differences(tree, newest), f"step {newest} came back with other bits"
-        _save_steps(manager, recorder, newest)
+        _save_steps(manager, recorder, newest, tree_of)
 
 
 def work_with_local(directory: Path, recorder: Recorder) -> None:
@@ -88,19 +100,26 @@ def work_with_local(directory: Path, recorder: Recorder) -> None:
     work(directory, recorder, directory / "local")
 
 
+def work_incremental(directory: Path, recorder: Recorder) -> None:
+    """The same with steps that refer to files of older ones."""
+    work(directory, recorder, incremental=True)
+
+
 def _newest(manager: CheckpointManager) -> int:
     newest = manager.latest()
     return -1 if newest is None else newest
 
 
-def _save_steps(manager: CheckpointManager, recorder: Recorder, newest: int) -> None:
+def _save_steps(
+    manager: CheckpointManager, recorder: Recorder, newest: int, tree_of: Callable[[int], dict[str, Any]] = tree_at
+) -> None:
     """Rank 0 speaks for all: what it acknowledges must be there for everybody."""
     first = newest + 1
     acknowledge: Callable[[int], None] = recorder.acknowledge if manager.rank == 0 else lambda step: None
     with recorder.in_flight():
         before = None
         for step in range(first, first + _STEPS_PER_PASS):
-            handle = manager.save(step, tree_at(step))
+            handle = manager.save(step, tree_of(step))
             if before is not None:
                 before.wait("committed")
                 acknowledge(step - 1)
@@ -138,7 +157,7 @@ def _rank(directory: Path, recorder: Recorder, rank: int, run_id: str) -> None:
     with CheckpointManager(
         directory / "root",
         keep_last=_KEEP_LAST,
-        grace_s=_GRACE_OF_RANKS_S,
+        grace_s=0.0,
         rank=rank,
         world_size=_WORLD_SIZE,
         run_id=run_id,
@@ -150,7 +169,8 @@ def _rank(directory: Path, recorder: Recorder, rank: int, run_id: str) -> None:
 class Check:
     """What must hold after each kill. A step whose objects have not changed since they were found right is not read again."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, incremental: bool = False) -> None:
+        self._tree_of = tree_with_base_at if incremental else tree_at
         self._newest = -1
         self._right: dict[int, list[tuple[str, int, str]]] = {}
 
@@ -166,17 +186,17 @@ class Check:
             self._newest = newest
             assert len(steps) <= _KEEP_LAST, f"more than {_KEEP_LAST} steps are kept: {steps}"
             with open_store(url, **options) as store:
-                found = {step: _objects(store, f"step-{step:012d}-") for step in steps}
+                found = {step: _objects_of(store, step) for step in steps}
                 changed = [step for step in steps if found[step] != self._right.get(step)]
                 _check_root(store, changed)
             for step in changed:
-                tree = tree_at(-1)
+                tree = self._tree_of(-1)
                 manager.restore(tree, step=step)
                 wrong = differences(tree, step)
                 assert not wrong, f"step {step} came back with other bits in {wrong}"
             self._right = found
         if not death.killed:
-            _check_nothing_is_left(url, options, newest + 1)
+            _check_nothing_is_left(url, options, newest + 1, self._tree_of(newest + 1))
 
 
 def _check_root(store: ObjectStore, steps: Sequence[int]) -> None:
@@ -196,14 +216,26 @@ def _objects(store: ObjectStore, prefix: str) -> list[tuple[str, int, str]]:
     return [(info.key, info.size, info.version) for info in store.list(prefix)]
 
 
-def _check_nothing_is_left(url: str, options: dict[str, Any], step: int) -> None:
+def _objects_of(store: ObjectStore, step: int) -> list[tuple[str, int, str]]:
+    """All that a step consists of, in other directories, too."""
+    _, live, _ = resolve_step(CheckpointLog(store), step, store.url)
+    elsewhere = [_objects(store, f"{home}/{blob}") for home, blobs in live.refs.items() for blob in blobs]
+    return _objects(store, f"step-{step:012d}-") + [one for found in elsewhere for one in found]
+
+
+def _check_nothing_is_left(url: str, options: dict[str, Any], step: int, tree: dict[str, Any]) -> None:
     """A run that has a quiet moment after its first save deletes whatever killed runs left."""
-    with CheckpointManager(url, storage_options=options, keep_last=_KEEP_LAST, grace_s=0.0) as manager:
-        manager.save(step, tree_at(step)).wait("committed")
-        steps = manager.steps()
+    with CheckpointManager(
+        url, storage_options=options, keep_last=_KEEP_LAST, grace_s=0.0, incremental="base" in tree
+    ) as manager:
+        manager.save(step, tree).wait("committed")
     with open_store(url, **options) as store:
-        left = sorted({key.partition("/")[0] for key, _, _ in _objects(store, "step-")})
-    assert len(left) == len(steps), f"leftovers of killed saves: {left} for steps {steps}"
+        head = CheckpointLog(store).head()
+        assert head is not None
+        own = {step_directory(step, live.nonce) for step, live in head.live.items()}
+        kept = {f"{home}/{blob}" for home, blobs in kept_blobs(head.live.values()).items() for blob in blobs}
+        left = sorted(key for key, _, _ in _objects(store, "step-") if key.partition("/")[0] not in own)
+    assert set(left) <= kept, f"leftovers of killed saves: {sorted(set(left) - kept)} for steps {head.steps}"
 
 
 PRELOAD = ["torch", "stoker.storage.local", *(["pandas", "pyarrow.pandas_compat"] if find_spec("pandas") else [])]
@@ -225,6 +257,16 @@ def trial_with_local(directory: Path) -> Trial:
 def trial_of_ranks(directory: Path) -> Trial:
     """The ranks of one job; `directory` is not needed."""
     return Trial(name="saving ranks", program="tests.faults.saving:work_in_ranks", check=Check(), preload=PRELOAD)
+
+
+def trial_incremental(directory: Path) -> Trial:
+    """One process with steps that refer to files of older ones; `directory` is not needed."""
+    return Trial(
+        name="saving incremental",
+        program="tests.faults.saving:work_incremental",
+        check=Check(incremental=True),
+        preload=PRELOAD,
+    )
 
 
 def trial_on_s3(directory: Path, server: S3Server) -> Trial:

@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from stoker.checkpoint import CheckpointManager
+from stoker.errors import KeyNotFound
 from stoker.testing.kill import Death
 from tests.faults.prove import main, prove
-from tests.faults.saving import Check, differences, tree_at
+from tests.faults.saving import Check, differences, tree_at, tree_with_base_at
 
 
 def death(acknowledged: int = -1) -> Death:
@@ -33,6 +35,26 @@ def test_a_saving_process_that_is_killed_at_random_tears_nothing(memory: Path) -
 def test_a_saving_process_that_is_killed_between_calls_tears_nothing(memory: Path) -> None:
     report = prove("saving", "calls", 12, directory=memory, seed=1, min_in_flight=0.5)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("at", ["moments", "calls"])
+def test_a_process_whose_steps_refer_to_older_ones_tears_nothing_when_it_is_killed(
+    memory: Path, at: Literal["moments", "calls"]
+) -> None:
+    report = prove("saving incremental", at, 12, directory=memory, seed=1, min_in_flight=0.5)
+    assert report.ok, report
+
+
+def test_a_file_that_is_missing_in_a_retired_home_is_seen(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "root", keep_last=3, grace_s=0.0, incremental=True) as manager:
+        for step in range(5):
+            manager.save(step, tree_with_base_at(step)).wait("committed")
+    check = Check(incremental=True)
+    check(tmp_path, death(acknowledged=4))
+    (home,) = (tmp_path / "root").glob("step-000000000000-*/data/*")
+    home.unlink()
+    with pytest.raises(KeyNotFound, match="step-000000000000-"):
+        check(tmp_path, death(acknowledged=4))
 
 
 def test_the_ranks_of_a_job_that_are_killed_at_once_tear_nothing(memory: Path) -> None:
