@@ -1,6 +1,6 @@
 """Peers of ``stoker bench load``: the two that are an algorithm stand here, the libraries in their own environments."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from ._load_stream import BATCH, SEQ_LEN, Loader, Stream
+from ._load_stream import BATCH, SEQ_LEN, Loader, Stepper, Stream
 from .peers import LOAD_PEERS, PeerProcess
 
 __all__ = ["Elsewhere", "Megatron", "NanoGPT"]
 
 
-class NanoGPT(Loader):
+class NanoGPT(Stepper):
     """As nanoGPT's train.py loads: a map opened anew for each batch, random offsets, each row widened, then stacked."""
 
     name = "nanoGPT memmap"
@@ -27,7 +27,10 @@ class NanoGPT(Loader):
         self.stream.tokens.tofile(self._path)
         self._generator = torch.Generator().manual_seed(1)
 
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def stepper(self) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        return self._step
+
+    def _step(self) -> tuple[torch.Tensor, torch.Tensor]:
         data = np.memmap(self._path, dtype=self.stream.tokens.dtype, mode="r")
         self._starts = starts = torch.randint(len(data) - SEQ_LEN, (BATCH,), generator=self._generator)
         input_ids = torch.stack([torch.from_numpy(data[i : i + SEQ_LEN].astype(np.int64)) for i in starts])
@@ -36,7 +39,7 @@ class NanoGPT(Loader):
 
     def verify(self) -> None:
         for _ in range(16):
-            batch = self.step()
+            batch = self._step()
             self.stream.require(self._starts.numpy(), *batch, place=self.name)
 
 
@@ -77,7 +80,7 @@ class _IndexedSamples(Dataset[dict[str, torch.Tensor]]):
         return self._shuffle_index[indices] * SEQ_LEN
 
 
-class Megatron(Loader):
+class Megatron(Stepper):
     name = "Megatron-style map data set"
     notes = (
         "tokens and labels only: no loss mask, position ids or attention mask; documents unshuffled",
@@ -96,7 +99,10 @@ class Megatron(Loader):
         sampler = RandomSampler(self._data, generator=torch.Generator().manual_seed(1))
         return iter(DataLoader(self._data, batch_size=BATCH, sampler=sampler, drop_last=True))
 
-    def step(self) -> dict[str, torch.Tensor]:
+    def stepper(self) -> Callable[[], dict[str, torch.Tensor]]:
+        return self._step
+
+    def _step(self) -> dict[str, torch.Tensor]:
         batch = next(self._batches, None)
         if batch is None:
             self._batches = self._epoch()
@@ -118,13 +124,14 @@ class Megatron(Loader):
 
 
 class Elsewhere(Loader):
-    """A library in an environment and a process of its own; it makes the batches there, told by ``bench/peers/runner.py``.
+    """A library in an environment and a process of its own, which its batches never leave; ``bench/peers/runner.py`` tells
+    what they took.
 
     A variant's notes stand before it runs, so what it finds there (version, way of reading) is added to its rows after.
     """
 
-    def __init__(self, stream: Stream, directory: Path, batches: int, *, package: str) -> None:
-        super().__init__(stream, directory, batches)
+    def __init__(self, stream: Stream, directory: Path, cases: tuple[str, ...], *, package: str) -> None:
+        super().__init__(stream, directory, cases)
         self.package, self.name = package, LOAD_PEERS[package]
         self.files = directory / f"{package}-{self.dtype}"
         self.found: dict[str, Any] = {}
@@ -149,9 +156,6 @@ class Elsewhere(Loader):
     def timed(self) -> tuple[float, float]:
         taken = self._ask("run", batches=self.batches)
         return taken["seconds"], taken["cpu_seconds"]
-
-    def step(self) -> Any:
-        raise NotImplementedError  # its batches never leave its process
 
     def close(self) -> None:
         if self._process is not None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..storage import CacheStats, ObjectStore, TieredCache
+from ..storage._posix import aligned_buffer
 from ._tiers_content import BLOCK_BYTES, DISK_TIER, MIB, RAM_FIRST, RAM_KEPT, Content, Piece, each, timed
 from ._tiers_local import DISK_BYTES, DISK_THREADS, DiskFile, Files
 from ._tiers_store import Bucket, Swept
@@ -98,6 +99,7 @@ def ram_tier_variants(content: Content, origin: ObjectStore, shm: Path) -> Seque
 
 def disk_tier_variants(content: Content, origin: ObjectStore, directory: Path) -> Sequence[Variant]:
     file, tier = DiskFile(content, directory / "bare"), directory / "tier"
+    files = Files(content, directory / "files")
 
     def open_cache() -> TieredCache:
         return TieredCache(ram=0, disk=tier, disk_capacity=capacity(content))
@@ -105,6 +107,18 @@ def disk_tier_variants(content: Content, origin: ObjectStore, directory: Path) -
     def bare() -> Outcome:
         seconds, cache = file.read(direct=True)
         return content.rate(seconds, cache=cache)
+
+    def make_buffered() -> None:
+        files.make()
+        files.fill()
+
+    def buffered() -> Outcome:
+        left = drop_page_cache(files.directory)
+        target = aligned_buffer(len(content.memory))
+        target[:] = bytes(len(target))  # its page faults
+        seconds = each(content.pieces, DISK_THREADS, lambda piece: files.read_into(piece, target))
+        content.require(target, str(files.directory))
+        return content.rate(seconds, cache="cold" if left == 0 else "warm")
 
     def fill() -> None:
         with open_cache() as cache:
@@ -128,6 +142,15 @@ def disk_tier_variants(content: Content, origin: ObjectStore, directory: Path) -
             setup=file.make,
             teardown=file.remove,
             params={"io_threads": DISK_THREADS, "io_bytes": DISK_BYTES},
+        ),
+        Variant(
+            name="read through the page cache, no checks",
+            kind="peer",
+            run=buffered,
+            setup=make_buffered,
+            teardown=files.remove,
+            params={"io_threads": DISK_THREADS},
+            notes=("what a block that processes share as mapped pages costs on its way from the disk",),
         ),
         Variant(
             name="stoker TieredCache, disk",

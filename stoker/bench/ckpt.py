@@ -4,13 +4,19 @@ Command: ``stoker bench ckpt [--only PART] [--size 2GB] [--runs 5] [--dir DIR] [
 
 ``large``, ``small``
     A state of fp32 tensors in host memory, of 1 to 64 MiB each, or of 200 kB each, is saved to a directory and restored
-    from it, by each variant in turn; all numbers come from one and the same save and its restore.
+    from it, by each variant in turn; all numbers come from one and the same save and its restore. Limits and stoker take
+    turns three times in each round, and a round's value is the median of its turns: beside them, the peers write and
+    remove several times as many bytes, and what memory and disk give changes meanwhile.
 ``tiny``
     The same with tensors of 20 kB: printed, without goals.
+``first``
+    What the first save of a process costs: :mod:`stoker.bench._ckpt_first`.
 ``upload``
     The state as one object store sees it: :mod:`stoker.bench._ckpt_upload`.
 ``scale``
     Planning and merging, without data: :mod:`stoker.bench._ckpt_scale`.
+``reshard``
+    Bytes that a node reads when the layout changes: :mod:`stoker.bench._ckpt_reshard`.
 ``training``
     A loop beside a save that persists: :mod:`stoker.bench._ckpt_training`.
 
@@ -27,9 +33,10 @@ Command: ``stoker bench ckpt [--only PART] [--size 2GB] [--runs 5] [--dir DIR] [
     The same from the staging arena, as after a crash of the process alone.
 
 Every restore is compared with the saved state, bit for bit. stoker's memory is allocated before the first save
-(``prewarm``), whose value stands in the column "first".
+(``prewarm``); the column "first" is the median of the turns of the first round, which counts for nothing else.
 """
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -42,19 +49,22 @@ import torch
 from ..checkpoint import CheckpointManager
 from ..errors import ConfigError, CorruptionError, StoreFull
 from ..storage._units import format_bytes
+from ._ckpt_first import run_first
 from ._ckpt_job import DURABLE, FROM_STAGED, RESTORE, STALL, WARM, Job, check_equal, large_state, small_state
 from ._ckpt_limits import limits
 from ._ckpt_peers import peers
+from ._ckpt_reshard import run_reshard
 from ._ckpt_scale import run_scale
 from ._ckpt_training import run_training
 from ._ckpt_upload import run_upload
-from .frame import Case, Outcome, Question, Report, Variant, measure
+from .frame import Case, Outcome, Question, Report, Sample, Variant, measure
 
 __all__ = ["DURABLE", "FROM_STAGED", "PARTS", "RESTORE", "STALL", "WARM", "check_equal", "run_ckpt"]
 
-PARTS = ("large", "small", "tiny", "upload", "scale", "training")
+PARTS = ("large", "small", "tiny", "first", "upload", "scale", "reshard", "training")
 _SMALL_BYTES, _TINY_BYTES = 200_000, 20_000
 _MIB = 1 << 20
+_TURNS = 3
 _COPIES = 8
 """The state, the target, the limit's copy, stoker's two arenas, and a staging copy of each of three peers."""
 
@@ -95,8 +105,12 @@ def run_ckpt(
 def _run_part(
     part: str, *, size_bytes: int, runs: int, warmup: int, directory: Path, progress: Callable[[], None] | None
 ) -> Report:
+    if part == "first":
+        return run_first(size_bytes=size_bytes, runs=runs, warmup=warmup, directory=directory, progress=progress)
     if part == "scale":
         return run_scale(runs=runs, warmup=warmup, directory=directory, progress=progress)
+    if part == "reshard":
+        return run_reshard(size_bytes=size_bytes, runs=runs, warmup=warmup, directory=directory, progress=progress)
     if part == "training":
         return run_training(size_bytes=size_bytes, runs=runs, warmup=warmup, directory=directory, progress=progress)
     if part == "upload":
@@ -119,13 +133,51 @@ def _run_part(
     if part == "tiny":
         cases = [replace(case, goal_ratio=None) for case in cases]
     cases = [replace(case, name=case.name + suffix) for case in cases]
-    params = {"size_bytes": size_bytes, "tensors": len(state), "torch_threads": torch.get_num_threads()}
+    params = {
+        "size_bytes": size_bytes,
+        "tensors": len(state),
+        "torch_threads": torch.get_num_threads(),
+        "turns": _TURNS,
+    }
     question = Question(bench="ckpt", cases=cases, params=params)
     variants = [
         replace(variant, run=partial(_run_with_suffix, variant.run, suffix))
-        for variant in (*limits(job), _stoker(job), *peers(job))
+        for variant in (*_in_turns([*limits(job), _stoker(job)]), *peers(job))
     ]
     return measure(question, variants, runs=runs, warmup=warmup, directory=directory, progress=progress)
+
+
+def _in_turns(variants: Sequence[Variant]) -> list[Variant]:
+    """The same variants, of which the first one's run runs all, in turns; each returns the medians of its own.
+
+    A ratio is taken of what was measured within seconds of each other, and a moment in which the machine was busy with
+    something else falls on one turn of several.
+    """
+    outcomes: dict[str, list[Mapping[str, float | Sample]]] = {}
+
+    def run(variant: Variant) -> Outcome:
+        if variant is variants[0]:
+            outcomes.update({one.name: [] for one in variants})
+            for _ in range(_TURNS):
+                for one in variants:
+                    gc.collect()  # as between variants
+                    outcome = one.run()
+                    assert isinstance(outcome, Mapping)
+                    outcomes[one.name].append(outcome)
+        return _medians(outcomes[variant.name])
+
+    return [replace(variant, run=partial(run, variant)) for variant in variants]
+
+
+def _medians(outcomes: Sequence[Mapping[str, float | Sample]]) -> dict[str, float | Sample]:
+    """By case, the sample in the middle; its bytes count as compared, and the cache as cold, if those of all do."""
+    found: dict[str, float | Sample] = {}
+    for case in outcomes[0]:
+        samples = [sample for outcome in outcomes if isinstance(sample := outcome[case], Sample)]
+        middle = sorted(samples, key=lambda sample: sample.value)[len(samples) // 2]
+        warm = next((sample.cache for sample in samples if sample.cache == "warm"), middle.cache)
+        found[case] = replace(middle, cache=warm, verified=all(sample.verified for sample in samples))
+    return found
 
 
 def _run_with_suffix(run: Callable[[], Outcome], suffix: str) -> Outcome:

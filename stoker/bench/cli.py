@@ -32,25 +32,39 @@ _Directory = Annotated[
 def load(
     size: Annotated[str, typer.Option(help="Tokens to pack, in bytes as stored.")] = "256MiB",
     runs: _Runs = 7,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            help="A part: warm, packed, cold, open, stall, step, memory; may repeat.",
+            show_default="all but memory",
+        ),
+    ] = None,
     peers: Annotated[
         _Peers, typer.Option(help="Libraries to measure; all: install those that are missing.")
     ] = "installed",
     directory: _Directory = Path(),
     json: JsonFlag = False,
 ) -> None:
-    """Warm local batches of a token data set: tokens/s of the loader, and what they cost the processors.
+    """Batches of a token data set: how fast, how soon, with what stalls, and what they cost the processors.
 
     \b
-    limit   a bare gather into two contiguous widened outputs
+    warm    local files in memory          packed  whole documents, best fit     cold    from an S3 server
+    open    first batch, resume, state     stall   at 80 % of a throttled store  step    a model's step
+    memory  after a million batches
+
+    \b
+    limit   a bare gather into two contiguous widened outputs; bare GETs, crc32c and writes; one resident batch; bounds
     peers   nanoGPT's memmap, a Megatron-style map data set; LitData, MosaicML Streaming and HF datasets,
             each in an environment of its own (stoker bench peers)
 
     \b
     stoker bench load
-    stoker bench load --peers all
+    stoker bench load --only warm --peers all
+    stoker bench load --only memory
     stoker bench load --size 1GiB --runs 11 --dir /nvme --json > load.json
     """
-    from .load import run_load
+    from .load import DEFAULT_PARTS, run_load
     from .peers import LOAD_PEERS, install, statuses
 
     size_bytes = parse_bytes(size, place="--size")
@@ -60,8 +74,43 @@ def load(
                 install(status.name)
     names = () if peers == "none" else tuple(LOAD_PEERS)
     with _work_directory(directory) as work, _rounds("load") as step:
-        report = run_load(size_bytes=size_bytes, runs=runs, directory=work, peers=names, progress=step)
+        report = run_load(
+            size_bytes=size_bytes,
+            runs=runs,
+            directory=work,
+            only=only or DEFAULT_PARTS,
+            peers=names,
+            progress=step,
+        )
     emit(report.to_json(), _text(report), as_json=json)
+
+
+@app.command("report")
+def report(
+    files: Annotated[list[Path], typer.Argument(help="What a bench printed with --json, of one machine.")],
+    json: JsonFlag = False,
+) -> None:
+    """Render what benches printed with --json as one Markdown table: goals, whether they hold, notes.
+
+    \b
+    stoker bench report load.json > load.md
+    stoker bench report warm.json cold.json
+    """
+    found = [_read_report(path) for path in files]
+    whole = sum(found[1:], found[0])
+    emit(whole.to_json(), whole.to_markdown(), as_json=json)
+
+
+def _read_report(path: Path) -> Report:
+    import json
+
+    try:
+        body = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "must be a report that a bench printed with --json", value=str(error), place=str(path)
+        ) from error
+    return Report.from_json(body)
 
 
 @app.command("peers")

@@ -76,6 +76,7 @@ class Case:
         unit: of the value: ``"GB/s"`` (10^9), ``"s"``, ``"tokens/s"``.
         better: whether a higher or a lower value is better.
         goal_ratio: the ratio to the limit that stoker sets itself; None where there is none.
+        goal_value: the value that it sets itself, in `unit`. goal_peer_ratio: the ratio to the best of the peers.
         cache: state of the page cache that the case wants. A run that finds it otherwise says so in its sample.
         origin: where the bytes come from, or which tier served them.
         bytes: how many bytes one run moves; 0 where that says nothing.
@@ -85,6 +86,8 @@ class Case:
     unit: str
     better: Better = "higher"
     goal_ratio: float | None = None
+    goal_value: float | None = None
+    goal_peer_ratio: float | None = None
     cache: Cache = "not applicable"
     origin: str = ""
     bytes: int = 0
@@ -108,12 +111,14 @@ class Sample:
         verified: this very run compared its bytes.
         cache: the state found, if it is not the one that the case wants.
         origin: the tier that served the bytes, if the run knows better than the case.
+        cpu_s_per_gtoken: seconds of processors for 10^9 tokens, where the run delivers tokens.
     """
 
     value: float
     verified: bool = False
     cache: Cache | None = None
     origin: str | None = None
+    cpu_s_per_gtoken: float | None = None
 
 
 Outcome: TypeAlias = float | Sample | Mapping[str, float | Sample]
@@ -158,6 +163,8 @@ class Row:
         ratio_to_limit: median over the rounds of this variant's value / the limit's value of the same round; None
             where the case has no limit. 0.9 is 90 % of a rate, 1.3 is 1.3 times a duration.
         goal_ratio: the `ratio_to_limit` that stoker sets itself for this case.
+        goal_value: the `value` that it sets itself. goal_peer_ratio: the `ratio_to` the best of the peers.
+        cpu_s_per_gtoken: seconds of processors for 10^9 tokens, median of the runs; None where no tokens are delivered.
         ratio_to: the same ratio to each peer by name; only in rows of kind ``"stoker"``.
         bytes: moved by one run.
         verified: the bytes were compared with their source.
@@ -180,6 +187,9 @@ class Row:
     runs: int
     ratio_to_limit: float | None = None
     goal_ratio: float | None = None
+    goal_value: float | None = None
+    goal_peer_ratio: float | None = None
+    cpu_s_per_gtoken: float | None = None
     ratio_to: Mapping[str, float] = field(default_factory=dict)
     bytes: int = 0
     verified: bool = False
@@ -187,6 +197,35 @@ class Row:
     origin: str = ""
     params: Mapping[str, Scalar] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether a row of stoker reaches every goal that it could be held against; None if there is none."""
+        if self.kind != "stoker":
+            return None
+        against: list[tuple[float, float]] = []
+        if self.goal_ratio is not None and self.ratio_to_limit is not None:
+            against.append((self.ratio_to_limit, self.goal_ratio))
+        if self.goal_value is not None:
+            against.append((self.value, self.goal_value))
+        if self.goal_peer_ratio is not None:
+            against += [(ratio, self.goal_peer_ratio) for ratio in self.ratio_to.values()]
+        if not against:
+            return None
+        return all(found >= goal if self.better == "higher" else found <= goal for found, goal in against)
+
+    @property
+    def goal(self) -> str:
+        """The goals in words; empty if there is none."""
+        bound = "at least" if self.better == "higher" else "at most"
+        words = []
+        if self.goal_ratio is not None:
+            words.append(f"{bound} {self.goal_ratio:g} of the limit")
+        if self.goal_value is not None:
+            words.append(f"{bound} {_with_prefix(self.goal_value, self.unit)}")
+        if self.goal_peer_ratio is not None:
+            words.append(f"{bound} {self.goal_peer_ratio:g} times the best peer")
+        return " and ".join(words)
 
     def __post_init__(self) -> None:
         place = f"row {self.bench}/{self.case}/{self.variant}"
@@ -202,7 +241,8 @@ class Row:
         if not self.low <= self.value <= self.high:
             raise ConfigError("the median must lie within low and high", value=self.value, place=place)
         numbers = [self.value, self.low, self.high, *self.samples, *self.warmup, *self.ratio_to.values()]
-        numbers += [n for n in (self.ratio_to_limit, self.goal_ratio) if n is not None]
+        optional = (self.ratio_to_limit, self.goal_ratio, self.goal_value, self.goal_peer_ratio, self.cpu_s_per_gtoken)
+        numbers += [n for n in optional if n is not None]
         numbers += [n for n in self.params.values() if isinstance(n, float)]
         for number in numbers:
             if not math.isfinite(number):
@@ -222,7 +262,7 @@ class Report:
         return {
             "schema": SCHEMA,
             "machine": dict(self.machine),
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [{**asdict(row), "holds": row.holds} for row in self.rows],
             "notes": list(self.notes),
         }
 
@@ -261,7 +301,10 @@ class Report:
         raise ConfigError("no such row", value=f"{case} / {variant}", place="report")
 
     def to_text(self, *, width: int = 120) -> str:
-        """One table for each case, at most `width` columns wide. "stoker is" is its value / the peer's value."""
+        """One table for each case, at most `width` columns wide, with its goal and whether it holds.
+
+        "stoker is" is its value / the peer's value.
+        """
         from rich.console import Console
         from rich.table import Table
 
@@ -276,15 +319,11 @@ class Report:
         )
         for case in dict.fromkeys(row.case for row in self.rows):
             rows = [row for row in self.rows if row.case == case]
-            goal = rows[0].goal_ratio
-            bound = "at least" if rows[0].better == "higher" else "at most"
-            console.print(
-                f"\n{case}, {rows[0].unit}" + ("" if goal is None else f", goal: {bound} {goal:g} of the limit")
-            )
+            console.print(f"\n{case}, {rows[0].unit}" + (f", goal: {rows[0].goal}" if rows[0].goal else ""))
             against = next((row.ratio_to for row in rows if row.kind == "stoker"), {})
             table = Table(box=None, pad_edge=False)
-            for heading in ("", "median", "low-high", "first", "of limit", "stoker is", "bytes", "cache"):
-                right = heading not in ("", "bytes", "cache")
+            for heading in _TEXT_COLUMNS:
+                right = heading not in ("", "bytes", "cache", "goal")
                 table.add_column(heading, justify="right" if right else "left", no_wrap=True)
             for row in rows:
                 prefix, scale = _prefix(row.value)
@@ -293,17 +332,65 @@ class Report:
                     f"{_short(row.value / scale)} {prefix}{row.unit}",
                     f"{_short(row.low / scale)}-{_short(row.high / scale)}",
                     _short(row.warmup[0] / scale) if row.warmup else "",
-                    "" if row.ratio_to_limit is None else f"{row.ratio_to_limit:.2f}",
+                    _ratio_text(row.ratio_to_limit),
                     f"{against[row.variant]:.2f}x" if row.variant in against else "",
+                    "" if row.cpu_s_per_gtoken is None else _short(row.cpu_s_per_gtoken),
                     "verified" if row.verified else "unchecked",
                     "" if row.cache == "not applicable" else row.cache,
+                    _HOLDS[row.holds],
                 )
             console.print(table)
-        for note in dict.fromkeys(
-            [f"{row.variant}: {note}" for row in self.rows for note in row.notes] + [*self.notes]
-        ):
+        for note in self._all_notes():
             console.print(f"note: {note}")
         return out.getvalue()
+
+    def to_markdown(self) -> str:
+        """All rows as one Markdown table, as the files of ``bench/results`` hold it; notes below."""
+        lines = [
+            "| case | variant | kind | median | unit | low | high | of the limit | CPU-s/Gtoken | cache | bytes | goal | |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            prefix, scale = _prefix(row.value)
+            cells = [
+                *(row.case, row.variant, row.kind),
+                *(_short(row.value / scale), f"{prefix}{row.unit}", _short(row.low / scale), _short(row.high / scale)),
+                _ratio_text(row.ratio_to_limit),
+                "" if row.cpu_s_per_gtoken is None else _short(row.cpu_s_per_gtoken),
+                *(row.cache, "verified" if row.verified else "unchecked"),
+                *((row.goal, _HOLDS[row.holds]) if row.kind == "stoker" else ("", "")),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join([*lines, "", *(f"- {note}" for note in self._all_notes())]).rstrip() + "\n"
+
+    def _all_notes(self) -> Sequence[str]:
+        of_rows = [f"{row.variant}: {note}" for row in self.rows for note in row.notes]
+        return list(dict.fromkeys([*of_rows, *self.notes]))
+
+
+_TEXT_COLUMNS = ("", "median", "low-high", "first", "of limit", "stoker is", "CPU-s/Gtoken", "bytes", "cache", "goal")
+_HOLDS = {True: "holds", False: "missed", None: ""}
+
+
+def _ratio_text(ratio: float | None) -> str:
+    """Two digits behind the point, three where two would hide it.
+
+    >>> _ratio_text(None), _ratio_text(0.784), _ratio_text(0.0041)
+    ('', '0.78', '0.004')
+    """
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}" if ratio >= 0.01 else f"{ratio:.3f}"
+
+
+def _with_prefix(value: float, unit: str) -> str:
+    """A value and its unit.
+
+    >>> _with_prefix(1e8, "tokens/s"), _with_prefix(16.0, "MiB")
+    ('100 Mtokens/s', '16 MiB')
+    """
+    prefix, scale = _prefix(value)
+    return f"{value / scale:g} {prefix}{unit}"
 
 
 def _prefix(value: float) -> tuple[str, float]:
@@ -473,6 +560,9 @@ def _rows(
             runs=len(timed),
             ratio_to_limit=None if limit is None else _ratio(timed, values[limit][warmup:]),
             goal_ratio=case.goal_ratio,
+            goal_value=case.goal_value,
+            goal_peer_ratio=case.goal_peer_ratio,
+            cpu_s_per_gtoken=_median_cpu(samples[warmup:]),
             ratio_to={p: _ratio(timed, values[p][warmup:]) for p in peers} if variant.kind == "stoker" else {},
             bytes=case.bytes,
             verified=variant.name in verified or all(s.verified for s in samples),
@@ -486,6 +576,11 @@ def _rows(
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     # Paired by round: both sides of each ratio met the machine in the same mood.
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def _median_cpu(samples: Sequence[Sample]) -> float | None:
+    found = [s.cpu_s_per_gtoken for s in samples if s.cpu_s_per_gtoken is not None]
+    return statistics.median(found) if found else None
 
 
 def _cache_of(case: Case, samples: Sequence[Sample]) -> Cache:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from stoker.bench._ckpt_first import FIRST, PREWARMED
 from stoker.bench._ckpt_scale import MEMORY, MERGE, PLAN, PLAN_BY_HASH, run_scale
-from stoker.bench._ckpt_training import STEP
+from stoker.bench._ckpt_training import BEYOND, LOST, STEP, WRITING_CPU, WRITING_WALL
 from stoker.bench._ckpt_upload import UPLOAD
-from stoker.bench.ckpt import DURABLE, FROM_STAGED, RESTORE, STALL, WARM, check_equal, run_ckpt
+from stoker.bench.ckpt import DURABLE, FROM_STAGED, RESTORE, STALL, WARM, _in_turns, check_equal, run_ckpt
 from stoker.bench.cli import app
-from stoker.bench.frame import Report
+from stoker.bench.frame import Report, Sample, Variant
 from stoker.errors import ConfigError, CorruptionError, StoreFull, UnsupportedError
 
 MIB = 1 << 20
@@ -65,15 +66,18 @@ def test_the_goals_stand_in_the_rows(report: Report) -> None:
 
 
 def test_small_tensors_uploads_and_training_are_parts_of_their_own(tmp_path: Path) -> None:
-    report = run_ckpt(size_bytes=MIB, runs=1, warmup=0, directory=tmp_path, only=["training", "tiny", "upload"])
+    report = run_ckpt(
+        size_bytes=MIB, runs=1, warmup=0, directory=tmp_path, only=["training", "tiny", "first", "upload"]
+    )
     cases = {row.case: row for row in report.rows if row.kind == "stoker"}
     assert set(cases) == {f"{name}, 52 x 20 kB" for name in (STALL, DURABLE, FROM_STAGED, RESTORE, WARM)} | {
-        UPLOAD,
-        STEP,
+        *(FIRST, PREWARMED, UPLOAD, STEP, LOST, BEYOND, WRITING_CPU, WRITING_WALL)
     }
     assert cases[f"{STALL}, 52 x 20 kB"].goal_ratio is None
-    assert {"bare concurrent put", "the loop alone"} <= {row.variant for row in report.rows}
-    assert set(cases[STEP].ratio_to) == {"torch DCP async"}
+    limits = {"bare concurrent put", "the loop alone", "first touch and copy"}
+    assert limits <= {row.variant for row in report.rows}
+    assert set(cases[LOST].ratio_to) == {"torch DCP async"} and cases[LOST].goal_peer_ratio == 1.0
+    assert (cases[BEYOND].goal_value, cases[PREWARMED].goal_value, cases[FIRST].goal_ratio) == (1.02, 2.0, 1.1)
     assert all(row.verified for row in report.rows)
     assert list(tmp_path.iterdir()) == []
 
@@ -82,6 +86,8 @@ def test_plans_and_merges_are_measured_without_data(tmp_path: Path) -> None:
     report = run_scale(runs=1, directory=tmp_path, num_ranks=4, num_chunks=1000, num_tensors=20)
     assert {row.case for row in report.rows} | {MEMORY} == {MERGE, MEMORY, PLAN, PLAN_BY_HASH}
     assert report.row(MERGE, "stoker").params["chunks"] == 1000
+    goals = {row.case: row.goal_value for row in report.rows}
+    assert goals.items() <= {MERGE: 2.0, MEMORY: 300.0, PLAN: 1.0, PLAN_BY_HASH: 0.05}.items()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,3 +148,20 @@ def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["ckpt", "--dir", str(tmp_path / "missing")])
     assert isinstance(result.exception, ConfigError)
     assert "must be an existing directory" in str(result.exception)
+
+
+def test_limits_and_stoker_take_turns_and_the_middle_one_counts() -> None:
+    order: list[str] = []
+    values = {"limit": iter([1.0, 9.0, 2.0]), "stoker": iter([3.0, 4.0, 50.0])}
+
+    def variant(name: str, *, verified: bool) -> Variant:
+        def run() -> dict[str, float | Sample]:
+            order.append(name)
+            return {"case": Sample(value=next(values[name]), verified=verified or len(order) > 4)}
+
+        return Variant(name=name, kind="peer", run=run)
+
+    first, second = _in_turns([variant("limit", verified=True), variant("stoker", verified=False)])
+    assert first.run() == {"case": Sample(value=2.0, verified=True)}
+    assert second.run() == {"case": Sample(value=4.0, verified=False)}
+    assert order == ["limit", "stoker"] * 3

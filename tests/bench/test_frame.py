@@ -319,9 +319,52 @@ def test_the_text_shows_ratio_goal_and_peers() -> None:
     ).to_text(width=140)
     assert "speed, GB/s, goal: at least 0.8 of the limit" in text
     ours, theirs = (line.split() for line in text.splitlines() if "GB/s  " in line)
-    assert ours == ["stoker", "2.00", "GB/s", "1.00-3.00", "0.87", "verified"]
+    assert ours == ["stoker", "2.00", "GB/s", "1.00-3.00", "0.87", "verified", "holds"]
     assert theirs == ["torch", "DCP", "2.00", "GB/s", "1.00-3.00", "1.50x", "unchecked"]
     assert "note: stoker: note" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "holds"),
+    [
+        ({}, None),
+        ({"goal_ratio": 0.9}, None),  # nothing to hold it against
+        ({"goal_ratio": 0.9, "ratio_to_limit": 0.9}, True),
+        ({"goal_ratio": 0.9, "ratio_to_limit": 0.89}, False),
+        ({"goal_ratio": 1.2, "ratio_to_limit": 1.1, "better": "lower"}, True),
+        ({"goal_value": 2.0}, True),
+        ({"goal_value": 2.1}, False),
+        ({"goal_peer_ratio": 3.0, "ratio_to": {"a": 3.5, "b": 2.9}}, False),
+        ({"goal_peer_ratio": 3.0, "ratio_to": {"a": 3.5, "b": 3.0}}, True),
+        ({"goal_peer_ratio": 3.0, "ratio_to": {"a": 3.5}, "goal_value": 2.1}, False),
+        ({"goal_value": 1.0, "kind": "peer"}, None),
+    ],
+)
+def test_a_row_holds_only_if_it_reaches_every_goal(changed: dict[str, Any], holds: bool | None) -> None:
+    one = row(**changed)
+    assert one.holds is holds
+    assert Report(machine={}, rows=(one,)).to_json()["rows"][0]["holds"] is holds
+
+
+def test_the_processors_share_is_the_median_of_the_timed_runs() -> None:
+    values = iter([9.0, 1.0, 3.0, 2.0])
+
+    def ours() -> Sample:
+        return Sample(value=1.0, cpu_s_per_gtoken=next(values))
+
+    report = measure(SPEED, [Variant(name="ours", kind="stoker", run=ours)], runs=3)
+    assert report.rows[0].cpu_s_per_gtoken == 2.0
+    assert "CPU-s/Gtoken" in report.to_text()
+
+
+def test_a_markdown_table_has_a_line_for_each_row_and_the_notes_once() -> None:
+    ours = row(ratio_to_limit=0.87, goal_ratio=0.9, verified=True, notes=("note",))
+    text = Report(machine={}, rows=(ours, ours, row(kind="peer", variant="peer")), notes=("left out",)).to_markdown()
+    lines = text.splitlines()
+    assert [line.count("|") for line in lines[:5]] == 5 * [lines[0].count("|")]
+    assert lines[2].endswith("| verified | at least 0.9 of the limit | missed |")
+    assert lines[4].endswith("| unchecked |  |  |")
+    assert lines[5:] == ["", "- stoker: note", "- left out"]
 
 
 def test_the_text_shortens_large_numbers_with_their_prefix() -> None:
