@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 found wrong or failed, 2 wrong usage, 130 interrupted.
 import json
 import logging
 import sys
+from contextlib import suppress
 from functools import cache
 from typing import Annotated
 
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _mount()
         app(args=arguments, prog_name="stoker")
-    except StokerError as error:
+    except (StokerError, OSError) as error:  # a bare OSError comes from the output
         sys.exit(_fail(error, arguments))
     except KeyboardInterrupt:
         sys.exit(_interrupted())
@@ -80,10 +81,16 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
-def _fail(error: StokerError, arguments: list[str]) -> int:
+def _fail(error: StokerError | OSError, arguments: list[str]) -> int:
     sys.stderr.write(f"error: {error}\n")
-    if "--json" in arguments:
-        sys.stdout.write(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}) + "\n")
+    try:
+        sys.stdout.flush()
+        if "--json" in arguments:
+            sys.stdout.write(json.dumps({"ok": False, "error": type(error).__name__, "message": str(error)}) + "\n")
+            sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and print a traceback
+        with suppress(OSError):
+            sys.stdout.close()
     return 2 if isinstance(error, (ConfigError, UnsupportedError)) else 1
 
 

@@ -1,11 +1,11 @@
 """Where the tiers of a cache are and how large they may be; a job must run where one can't be had."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import AccessDenied, ConfigError, StokerError, UnknownVersion
 from ..metrics import counters
+from ._memory import memory_limits
 from ._posix import shared_memory_directory
 from .eviction import EvictionPolicy
 from .tiers import Tier, warn_once
@@ -26,8 +26,10 @@ def open_ram_tier(
 ) -> Tier | None:
     """The RAM tier, or None with a warning: a job must run where shared memory is missing or someone else's."""
 
-    def capacity(available_bytes: int) -> int:
-        available_bytes = min(available_bytes, _free_cgroup_bytes())
+    def capacity(free_bytes: int, used_bytes: int) -> int:
+        for limit in memory_limits():
+            free_bytes = min(free_bytes, limit.free_bytes)
+        available_bytes = free_bytes + used_bytes  # what the tier holds counts as used there, and is its own
         wanted = min(available_bytes // 4, _DEFAULT_RAM_BYTES) if asked_bytes is None else asked_bytes
         return min(wanted, int(available_bytes * _FREE_SHARE))
 
@@ -54,8 +56,8 @@ def open_disk_tier(
 ) -> Tier | None:
     """The disk tier, or None with a warning if the disk does not let us; a directory in use for something else raises."""
 
-    def capacity(available_bytes: int) -> int:
-        return int(available_bytes * _FREE_SHARE) if asked_bytes is None else asked_bytes
+    def capacity(free_bytes: int, used_bytes: int) -> int:
+        return int((free_bytes + used_bytes) * _FREE_SHARE) if asked_bytes is None else asked_bytes
 
     try:
         return Tier(
@@ -78,15 +80,3 @@ def _without_tier(kind: str, error: Exception) -> None:
     counters.add("cache.degraded")
     counters.add(f"cache.{kind}.degraded")
     warn_once(f"no {kind} tier ({error}): blocks go to the next tier or pass through")
-
-
-def _free_cgroup_bytes() -> int:
-    """What this process's control group may still take of memory; tmpfs pages count there. Without a limit: a lot."""
-    free = 2**62
-    with suppress(OSError, ValueError):
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-        for base in (Path("/sys/fs/cgroup") / group, Path("/sys/fs/cgroup")):
-            with suppress(OSError, ValueError):
-                limit = int((base / "memory.max").read_text())
-                free = min(free, max(0, limit - int((base / "memory.current").read_text())))
-    return free

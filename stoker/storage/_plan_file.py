@@ -16,7 +16,7 @@ from ._layout import PLAN_NAME
 from ._locks import try_lock
 from ._posix import pwrite_all
 
-__all__ = ["PlanFile", "read_plans"]
+__all__ = ["PlanFile", "read_plans", "sweep_plans"]
 
 _HEAD = struct.Struct("<8sII")  # magic, entries, CRC32C of them
 _MAGIC = b"STKPLAN1"
@@ -76,7 +76,13 @@ def read_plans(directory_fd: int, *, own_fd: int = -1) -> dict[str, float | None
     return found
 
 
-def _living(directory_fd: int) -> Iterator[int]:
+def sweep_plans(directory_fd: int) -> None:
+    """Remove the files of dead processes; for a caller who keeps others from opening the tier meanwhile."""
+    for fd in _living(directory_fd, no_new=True):
+        os.close(fd)
+
+
+def _living(directory_fd: int, *, no_new: bool = False) -> Iterator[int]:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     names: list[str] = []
     with suppress(FileNotFoundError, NotADirectoryError):
@@ -90,7 +96,7 @@ def _living(directory_fd: int) -> Iterator[int]:
             fd = os.open(f"plans/{name}", flags, dir_fd=directory_fd)
             try:
                 # Made, but not locked yet, is still empty.
-                is_dead = os.fstat(fd).st_size > 0 and try_lock(fd, 0)
+                is_dead = (no_new or os.fstat(fd).st_size > 0) and try_lock(fd, 0)
                 if is_dead:
                     os.unlink(f"plans/{name}", dir_fd=directory_fd)
             except BaseException:

@@ -72,9 +72,24 @@ def parse(url: str, options: Mapping[str, Any]) -> tuple[str, str, str, Config]:
     else:
         config = Config(native={}, endpoint_url=f"{scheme}://{parts.netloc}", headers=given.pop("headers", None))
         _refuse_unknown(given, ("headers",), place)
-    if config.endpoint_url is not None and not config.endpoint_url.startswith(("http://", "https://")):
-        raise ConfigError("endpoint_url must begin with http:// or https://", value=config.endpoint_url, place=place)
+    if config.endpoint_url is not None:
+        _check_endpoint(config.endpoint_url, place)
+    if not isinstance(config.headers, Mapping | None):
+        raise ConfigError("headers must be a dict", value=type(config.headers).__name__, place=place)
     return scheme, bucket, prefix, config
+
+
+def _check_endpoint(endpoint_url: object, place: str) -> None:
+    if not isinstance(endpoint_url, str):
+        raise ConfigError("endpoint_url must be text", value=type(endpoint_url).__name__, place=place)
+    scheme, separator, rest = endpoint_url.rpartition("://")
+    user, _, rest = rest.rpartition("@")
+    shown = redact_url(f"{scheme}{separator}{rest.partition('?')[0]}")
+    if scheme not in ("http", "https"):
+        raise ConfigError("endpoint_url must begin with http:// or https://", value=shown, place=place)
+    if user:
+        hint = "pass key= and secret="
+        raise ConfigError("credentials do not belong in endpoint_url", value=shown, place=place, hint=hint)
 
 
 def _s3(given: dict[str, Any], place: str) -> Config:
@@ -190,7 +205,9 @@ def make_client(
         # Its text may quote the value that it does not like, which may be a secret: keep the first words only.
         reason = _first_line(error).partition(":")[2].strip() or "the client refused its configuration"
         raise ConfigError(
-            _without(reason, [native[name] for name in native if name != "application_credentials"]), place=place
+            _without(reason, [native[name] for name in native if name != "application_credentials"]),
+            place=place,
+            hint="pass account_name= or set AZURE_STORAGE_ACCOUNT_NAME" if "Account must" in reason else "",
         ) from None
 
 

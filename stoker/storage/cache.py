@@ -12,13 +12,14 @@ drops to 0 % hits where keeping any fixed half gets 50 %. For other traffic ther
 import atexit
 import logging
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from ..errors import ConfigError, CorruptBlock
@@ -44,6 +45,7 @@ _POLICIES: Mapping[str, Policy | None] = {"plan": NextUse, "keep": None, "sieve"
 _TELL_EVERY_S = 30.0  # some 10 ms for 30,000 blocks
 _PREFETCH_BYTES = 256 * 2**20
 _PREFETCH_THREADS = 8  # a guess: enough to overlap round trips to a store, few enough for two cores
+_CLOSE_TIMEOUT_S = 5.0
 _FLIGHT_TIMEOUT_S = 5.0  # I6: a process that was stopped while it fetches holds up the others no longer
 
 
@@ -171,7 +173,8 @@ class TieredCache:
             raise ConfigError("disk_capacity needs disk", value=disk_capacity, place="TieredCache", hint="disk=PATH")
         if eviction not in get_args(Eviction):
             raise ConfigError("eviction must be 'plan', 'keep' or 'sieve'", value=eviction, place="TieredCache")
-        if near is None and near_options:
+        disk, ram_path = _directory(disk, "disk"), _directory(ram_path, "ram_path")
+        if near is None and near_options is not None:
             raise ConfigError("near_options need near", place="TieredCache", hint="near=URL")
         self._config: dict[str, Any] = {
             "eviction": eviction,
@@ -193,7 +196,11 @@ class TieredCache:
             "policy": _POLICIES[eviction],
         }
         self._closed = False
-        self._near = None if near is None else Near(near, storage_options=near_options or {}, timeout_s=near_timeout_s)
+        self._near = (
+            None
+            if near is None
+            else Near(near, storage_options={} if near_options is None else near_options, timeout_s=near_timeout_s)
+        )
         self._reset()
         self._ram = None if ram_bytes == 0 else open_ram_tier(ram_path, ram_bytes, **tiers)
         try:
@@ -211,7 +218,7 @@ class TieredCache:
         self._pace = Pace(_PREFETCH_THREADS)
         self._under_way: dict[str, Wanted] = {}  # prefetches that a thread is at
         self._held: dict[str, tuple[memoryview, Wanted]] = {}
-        self._failed: dict[str, BaseException] = {}
+        self._failed: dict[str, tuple[BaseException, str | None]] = {}  # with the reader that wanted it
         self._prefetch_bytes = 0
         self._taken: dict[str | None, int] = {}  # of each reader: the latest asked for of the blocks that it took
         self._last_due_s: dict[str | None, float] = {}  # of each reader, and of all: of the blocks that have landed
@@ -251,8 +258,8 @@ class TieredCache:
             self._require_open()
             if (wanted := self._queue.pop(file.name)) is not None:
                 self._took(wanted)
-            if (error := self._failed.pop(file.name, None)) is not None:
-                raise error
+            if (failed := self._failed.pop(file.name, None)) is not None:
+                raise failed[0]
             if (held := self._held.pop(file.name, None)) is not None:
                 self._prefetch_bytes -= block.size_bytes
                 self._took(held[1])
@@ -315,31 +322,29 @@ class TieredCache:
         """:meth:`_fill`, or what another process that was at it has put into a tier meanwhile."""
         if not self._tiers:
             return self._fill(store, block, file)
-        first = self._tiers[0]
-        mine = first.take_off(file)
-        deadline, pause_s = monotonic() + _FLIGHT_TIMEOUT_S, 0.0005
-        while mine is False:
-            sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.005)
-            mine = first.take_off(file)
+        first, deadline = self._tiers[0], monotonic() + _FLIGHT_TIMEOUT_S
+        waited = False
+        news, mine = first.news(file), first.take_off(file)
+        while mine is False and monotonic() < deadline:
+            waited = True
+            first.wait_for_news(file, news)
             if (view := self._resident(file, block, count=count)) is not None:
-                if mine:
-                    first.land(file)
                 return view, True
-            if mine:
-                # It brought nothing that a tier kept, and will not for us: nobody has to queue behind us as well.
-                first.land(file)
-                mine = None
-            elif monotonic() > deadline:
-                break
+            news, mine = first.news(file), first.take_off(file)
+        told = False
         try:
             # The one before us may have landed between our last look and taking off.
             if mine and (view := self._resident(file, block, count=count)) is not None:
                 return view, True
-            return self._fill(store, block, file)
+            if mine and waited:
+                # It brought nothing that a tier kept, and will not for us: nobody has to queue behind us as well.
+                first.land(file)
+                mine = None
+            view, told = self._fill(store, block, file)
+            return view, told
         finally:
             if mine:
-                first.land(file)
+                first.land(file, tell=not told)
 
     def _fill(self, store: ObjectStore, block: Block, file: BlockFile) -> tuple[memoryview, bool]:
         """Fetch, check, keep. Returns the bytes and whether a tier holds them."""
@@ -351,6 +356,7 @@ class TieredCache:
                 break
             # What we return is read back from the tier, so that all processes share its pages.
             if tier.admit(file, view, is_held=found is not None) and found is None:
+                self._tiers[0].tell(file)
                 found = tier.lookup(file, is_use=False)
         if found is not None:
             return found, True
@@ -451,7 +457,7 @@ class TieredCache:
         if flight.waiters:
             self._note_taken(wanted)
         elif flight.error is not None:
-            self._failed[name] = flight.error
+            self._failed[name] = (flight.error, wanted.reader)
         elif flight.view is not None and not flight.admitted and not self._closed:
             self._held[name] = (flight.view, wanted)
         if name not in self._held:
@@ -516,6 +522,8 @@ class TieredCache:
             for name in [name for name, (_, wanted) in self._held.items() if wanted.reader == reader]:
                 view, _ = self._held.pop(name)
                 self._prefetch_bytes -= len(view)
+            for name in [name for name, (_, wanted_by) in self._failed.items() if wanted_by == reader]:
+                del self._failed[name]
             self._taken.pop(reader, None)
             self._last_due_s.pop(reader, None)
             self._takes_s.pop(reader, None)
@@ -553,10 +561,15 @@ class TieredCache:
 
     def clear(self) -> int:
         """Remove every block from both tiers, for all processes, and return their bytes. Views stay valid."""
+        self._require_open()
         return sum(tier.clear() for tier in self._tiers)
 
     def close(self) -> None:
-        """Stop prefetching and leave the tiers; waits for requests under way. Views stay valid, blocks stay cached."""
+        """Stop prefetching and leave the tiers. Views stay valid, blocks stay cached.
+
+        Requests under way are waited for, but not for more than 5 s: a store that is down would hold up the end of a
+        program for two minutes. What they bring later is dropped.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -565,8 +578,9 @@ class TieredCache:
             self._readers.clear()
             threads, self._threads = self._threads, []
             self._lock.notify_all()
+        deadline = monotonic() + _CLOSE_TIMEOUT_S
         for thread in threads:
-            thread.join()
+            thread.join(max(0.0, deadline - monotonic()))
         with self._lock:
             self._held.clear()
             self._failed.clear()
@@ -680,6 +694,16 @@ class CacheReader:
 
 
 # --- once in a process ------------------------------------------------------------------------------------------------
+def _directory(path: str | Path | None, name: str) -> Path | None:
+    """Absolute, so that a worker that is started elsewhere opens the same one."""
+    if path is None:
+        return None
+    if not isinstance(path, str | Path) or "\0" in str(path) or re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ConfigError(
+            f"{name} must be a local path", value=repr(path), place="TieredCache", hint="near= takes the URL of a store"
+        )
+    return Path(os.path.abspath(Path(path).expanduser()))
+
 
 _live: "weakref.WeakSet[TieredCache]" = weakref.WeakSet()
 

@@ -1,6 +1,9 @@
 """``stoker doctor`` and ``stoker cache``: what stands in a job's way, what is kept near. Nothing here imports torch."""
 
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._console import JsonFlag, StorageOptions, emit, new_app, parse_options, progress
-from ..errors import ConfigError
+from ..errors import ConfigError, KeyNotFound
 
 if TYPE_CHECKING:
     from .upkeep import CachedBlock, CacheDirectory
@@ -50,11 +53,29 @@ def doctor(
         raise ConfigError("options of a store need its URL", value=", ".join(sorted(options)), place="doctor")
     if directory is None:
         directory = Path(url.removeprefix("file://")) if url is not None and is_local_url(url) else Path()
-    with progress("examining", total=None, unit="checks") as meter:
+    with progress("examining", total=None, unit="checks") as meter, _sigterm_raises():
         found = diagnose(url, storage_options=options, directory=directory, progress=lambda: meter.advance(1))
     emit(found.to_json(), found.to_text(), as_json=json)
     if not found.ok:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises SystemExit in the block, which can clean up; a second one ends the process at once."""
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @cache_app.command("ls")
@@ -127,11 +148,18 @@ def _listing(report: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join((*(c.rjust(w) for c, w in zip(row, widths, strict=False)), row[5])) for row in rows]
     used, capacity = (format_bytes(report[name]) for name in ("used_bytes", "capacity_bytes"))
-    return "\n".join([*lines, f"{report['directory']}: {report['blocks']:,} blocks, {used} of {capacity}"])
+    return "\n".join(
+        map(_printable, [*lines, f"{report['directory']}: {report['blocks']:,} blocks, {used} of {capacity}"])
+    )
 
 
 def _object(row: dict[str, Any]) -> str:
     return "(damaged header)" if row["object"] is None else f"{row['object']} @{row['version'][:8]}"
+
+
+def _printable(line: str) -> str:
+    """`line` for a terminal: names of objects may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _next_use(row: dict[str, Any], planned: int | None) -> str:
@@ -182,7 +210,7 @@ def verify(
     verdict = f"{len(found.bad):,} bad" + (f", {len(found.bad) - left:,} removed" if repair else "")
     checked = f"{found.blocks:,} blocks, {format_bytes(found.checked_bytes)} checked"
     lines.append(f"{report['directory']}: {checked}: {verdict if found.bad else 'ok'}")
-    emit(report, "\n".join(lines), as_json=json)
+    emit(report, "\n".join(map(_printable, lines)), as_json=json)
     if left:
         raise typer.Exit(1)
 
@@ -224,4 +252,8 @@ def _opened(directory: Path | None) -> "CacheDirectory":
     if directory is None:
         with translate_os_errors("shared memory"):
             directory = shared_memory_directory() / "cache"
-    return CacheDirectory(directory)
+    try:
+        return CacheDirectory(directory)
+    except KeyNotFound as error:
+        hint = "no job has made a cache there yet; for a disk tier, name what TieredCache got as disk="
+        raise KeyNotFound(error.rule, place=error.place, hint=hint) from None

@@ -18,18 +18,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from ..errors import AlreadyExists, BucketNotFound, ObjectChanged, StokerError, UnsupportedError
+from ..errors import AlreadyExists, BucketNotFound, ConfigError, ObjectChanged, StokerError, UnsupportedError
 from ..metrics import counters
 from ._locks import try_lock, unlock
+from ._memory import memory_limits
 from ._units import format_bytes
 from .store import ObjectStore, redact_url
 from .urls import is_local_url, open_store
@@ -162,6 +163,8 @@ def diagnose(
         ConfigError: a URL or an option that no store understands.
         MissingExtra: the library for that URL is not installed.
     """
+    if url == "":
+        raise ConfigError("a URL or a path must not be empty", value=url, place="doctor", hint="for this directory, .")
     checks: list[Check] = []
 
     def add(check: Check) -> None:
@@ -172,16 +175,18 @@ def diagnose(
     store = None if url is None else _open(url, storage_options or {})  # a mistake in the command is told first
     for check in _machine():
         add(check)
-    for check in _directory(Path(directory)):
-        add(check)
+    with closing(_directory(Path(directory))) as directory_checks:
+        for check in directory_checks:
+            add(check)
     cells: tuple[Throughput, ...] = ()
     if url is None or store is None:
         add(Check(name="clock", verdict="not measured", value="no URL to compare it with"))
     else:
         with store:
             examination = _Examination(url, storage_options or {}, store, sizes, concurrencies)
-            for check in examination.run():
-                add(check)
+            with closing(examination.run()) as store_checks:  # whatever interrupts it, it removes what it wrote
+                for check in store_checks:
+                    add(check)
             cells = tuple(examination.cells)
     return Diagnosis(url=None if url is None else redact_url(url), checks=tuple(checks), throughput=cells)
 
@@ -240,28 +245,15 @@ def _memory_limit() -> Check:
     if platform.system() != "Linux":
         return Check(name=name, verdict="not measured", value="control groups are Linux's")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [(limit, used) for limit, used in _cgroup_limits() if limit < total]
+    limits = [limit for limit in memory_limits() if limit.limit_bytes < total]
     if not limits:
         return Check(name=name, verdict="ok", value=f"no control group's; {format_bytes(total)} in the machine")
-    limit, used = min(limits, key=lambda one: one[0] - one[1])
-    value = f"{format_bytes(limit)} by control group, {format_bytes(used)} in use"
-    if limit - used >= _LITTLE_BYTES:
+    limit = min(limits, key=lambda one: one.free_bytes)
+    value = f"{format_bytes(limit.limit_bytes)} by control group, {format_bytes(limit.used_bytes)} in use"
+    if limit.free_bytes >= _LITTLE_BYTES:
         return Check(name=name, verdict="ok", value=value)
     advice = "raise the container's memory limit: what stands in shared memory counts against it too"
     return Check(name=name, verdict="warn", value=value, advice=advice)
-
-
-def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Limit and use of this process's control group and those above it, version 2 or 1."""
-    with suppress(OSError):
-        root = Path("/sys/fs/cgroup")
-        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
-        groups = [root / own, *(root / own).parents]
-        folders = [(group, "memory.max", "memory.current") for group in groups if group.is_relative_to(root)]
-        folders.append((root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
-        for folder, limit, used in folders:
-            with suppress(OSError, ValueError):  # "max" is no number: no limit
-                yield int((folder / limit).read_text()), int((folder / used).read_text())
 
 
 def _huge_pages() -> Check:
@@ -280,7 +272,7 @@ def _huge_pages() -> Check:
 # ----------------------------------------------------------------------------------------------------------- directory
 
 
-def _directory(directory: Path) -> Iterator[Check]:
+def _directory(directory: Path) -> Generator[Check]:
     try:
         scratch = Path(tempfile.mkdtemp(prefix="stoker-doctor-", dir=directory))
     except OSError as error:
@@ -426,7 +418,7 @@ class _Examination:
         self._wrote = False
         self.cells: list[Throughput] = []
 
-    def run(self) -> Iterator[Check]:
+    def run(self) -> Generator[Check]:
         # What the others can't do without comes first.
         steps: list[tuple[str, bool, Callable[[], str]]] = [
             ("reachable", True, self._reachable),

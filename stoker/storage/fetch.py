@@ -13,6 +13,7 @@ import itertools
 import os
 import pickle
 import queue
+import select
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import IO, Any
 
 from ..errors import StoreUnavailable, UnsupportedError
@@ -34,15 +36,34 @@ _LENGTHS = struct.Struct("<QQ")  # of the pickled message and of the bytes behin
 _PIPE_BYTES = 1 << 20  # the most that an ordinary user may ask for: /proc/sys/fs/pipe-max-size
 _GRACE_S = 10.0
 """How much longer than its policy says a call may take: the helper has to start, and the deadline to come back."""
+_CLOSE_S = 5.0
+_LONGEST_POLL_S = 86_400.0  # poll() takes no more than 2^31 ms
 
 
 def send(pipe: IO[bytes], message: object, data: Buffer = b"") -> None:
     """One message and bytes behind it."""
+    for part in _parts(message, data):
+        pipe.write(part)
+    pipe.flush()
+
+
+def _parts(message: object, data: Buffer) -> tuple[bytes, memoryview]:
     head = pickle.dumps(message)
     view = memoryview(data).cast("B")
-    pipe.write(_LENGTHS.pack(len(head), len(view)) + head)
-    pipe.write(view)
-    pipe.flush()
+    return _LENGTHS.pack(len(head), len(view)) + head, view
+
+
+def _send_by(deadline: float, fd: int, message: object, data: Buffer) -> None:
+    """:func:`send` into a pipe that does not block; TimeoutError if the other end does not read it by `deadline`."""
+    room = select.poll()
+    room.register(fd, select.POLLOUT)
+    for part in _parts(message, data):
+        left = memoryview(part)
+        while left:
+            if not room.poll(1e3 * min(max(0.0, deadline - monotonic()), _LONGEST_POLL_S)):
+                raise TimeoutError
+            with suppress(BlockingIOError):
+                left = left[os.write(fd, left[:_PIPE_BYTES]) :]
 
 
 def receive(pipe: IO[bytes]) -> tuple[Any, memoryview]:
@@ -72,70 +93,131 @@ class _Helper:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._waiting: dict[int, queue.SimpleQueue[tuple[Any, memoryview]]] = {}
+        self._running: _Running | None = None
         self._ids = itertools.count()
 
     def call(self, what: tuple[Any, ...], data: Buffer, *, timeout_s: float, place: str) -> tuple[Any, memoryview]:
         """The helper's reply to `what`; what it raises is raised here."""
+        deadline = monotonic() + timeout_s
+        late = StoreUnavailable("the store must answer", value="timed out", place=place)
         answer: queue.SimpleQueue[tuple[Any, memoryview]] = queue.SimpleQueue()
-        with self._lock:
-            number = next(self._ids)
-            pipe = self._started()
-            self._waiting[number] = answer
-            with suppress(BrokenPipeError):  # then the reader tells everyone
-                send(pipe, (number, what), data)
+        if not self._lock.acquire(timeout=timeout_s):
+            raise late
         try:
-            reply, received = answer.get(timeout=timeout_s)
-        except queue.Empty:
-            raise StoreUnavailable("the store must answer", value="timed out", place=place) from None
+            number = next(self._ids)
+            running = self._started()
+            running.waiting[number] = answer
+            try:
+                running.send((number, what), data, deadline)
+            except BaseException as error:  # in the middle of a message: this one can't be used any more
+                running.end()
+                if isinstance(error, TimeoutError):
+                    raise late from None
+                raise
         finally:
-            self._waiting.pop(number, None)
+            self._lock.release()
+        try:
+            reply, received = answer.get(timeout=max(0.0, deadline - monotonic()))
+        except queue.Empty:
+            raise late from None
+        finally:
+            running.waiting.pop(number, None)
         if isinstance(reply, BaseException):
             raise reply
         return reply, received
 
-    def _started(self) -> IO[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            package = str(Path(__file__).resolve().parents[2])
-            path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "stoker.storage.fetch_helper"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": path},
-            )
-            assert self._process.stdin is not None and self._process.stdout is not None
-            for pipe in (self._process.stdin, self._process.stdout):
-                with suppress(OSError):
-                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            threading.Thread(target=self._read_replies, args=(self._process,), name="stoker-fetch", daemon=True).start()
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    def _read_replies(self, process: "subprocess.Popen[bytes]") -> None:
-        assert process.stdout is not None
-        with suppress(EOFError, OSError, ValueError):
-            while True:
-                (number, reply), data = receive(process.stdout)
-                if (waiting := self._waiting.get(number)) is not None:
-                    waiting.put((reply, data))
-        ended = StoreUnavailable("the helper that fetches must run", value="it ended", place="stoker-fetch")
-        for waiting in list(self._waiting.values()):
-            waiting.put((ended, memoryview(b"")))
+    def _started(self) -> "_Running":
+        if self._running is not None and self._running.has_ended:
+            self._running.end()
+            self._running = None
+        if self._running is None:
+            self._running = _Running()
+        return self._running
 
     def close(self) -> None:
-        with self._lock:
-            process, self._process = self._process, None
-        if process is not None:
-            assert process.stdin is not None and process.stdout is not None
-            with suppress(BrokenPipeError):
-                process.stdin.close()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:  # in a request that hangs
-                process.kill()
-                process.wait()
+        running = self._running
+        if running is None:
+            return
+        if not self._lock.acquire(timeout=_CLOSE_S):  # one that sends, to a helper that does not read
+            running.process.kill()
+            return
+        try:
+            self._running = None
+            running.close()
+        finally:
+            self._lock.release()
+
+
+# Guarantees: send(), end() and close() are called by one thread at a time. Whoever is in `waiting` when the helper ends,
+# or comes later, is told.
+class _Running:
+    """One helper process and those who wait for its replies: what another one answers is not theirs."""
+
+    def __init__(self) -> None:
+        package = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "stoker.storage.fetch_helper"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._requests, self._replies = self.process.stdin, self.process.stdout
+        for pipe in (self._requests, self._replies):
+            with suppress(OSError):
+                fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        os.set_blocking(self._requests.fileno(), False)  # of this end only
+        self.waiting: dict[int, queue.SimpleQueue[tuple[Any, memoryview]]] = {}
+        self._ended = False
+        threading.Thread(target=self._read_replies, name="stoker-fetch", daemon=True).start()
+
+    @property
+    def has_ended(self) -> bool:
+        return self._ended or self.process.poll() is not None
+
+    def send(self, message: object, data: Buffer, deadline: float) -> None:
+        """Raises TimeoutError, after part of it, if the helper does not read by `deadline`."""
+        try:
+            _send_by(deadline, self._requests.fileno(), message, data)
+        except BrokenPipeError:
+            self._ended = True
+        if self._ended:  # perhaps before the thread that reads could know of this call
+            self._tell_everyone()
+
+    def _read_replies(self) -> None:
+        try:
+            with suppress(EOFError):
+                while True:
+                    (number, reply), data = receive(self._replies)
+                    if (waiting := self.waiting.get(number)) is not None:
+                        waiting.put((reply, data))
+        finally:
+            self._ended = True
+            self._tell_everyone()
+            self.process.kill()
+            self.process.wait()
+            self._replies.close()
+
+    def _tell_everyone(self) -> None:
+        ended = StoreUnavailable("the helper that fetches must run", value="it ended", place="stoker-fetch")
+        for waiting in list(self.waiting.values()):
+            waiting.put((ended, memoryview(b"")))
+
+    def end(self) -> None:
+        """Kill it; the thread that reads tells everyone."""
+        self._ended = True
+        self.process.kill()
+        self._requests.close()
+
+    def close(self) -> None:
+        self._requests.close()
+        try:
+            self.process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:  # in a request that hangs
+            self.process.kill()
+            self.process.wait()
 
 
 _helper: _Helper | None = None

@@ -21,13 +21,19 @@ def main() -> None:
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not break the protocol
     stores: dict[Any, ObjectStore] = {}
-    sending = threading.Lock()
+    opening, sending = threading.Lock(), threading.Lock()
+
+    def store_of(given: Any) -> ObjectStore:
+        with opening:  # makes no request
+            if repr(given) not in stores:
+                stores[repr(given)] = open_store(given[0], **dict(given[1]))
+            return stores[repr(given)]
 
     def serve(number: int, given: Any, method: str, arguments: tuple[Any, ...], data: memoryview) -> None:
         reply: Any = None
         sent = memoryview(b"")
         try:
-            reply, sent = _answer(stores[repr(given)], method, arguments, data)
+            reply, sent = _answer(store_of(given), method, arguments, data)
         except StokerError as error:
             reply = error
         except Exception as error:  # noqa: BLE001 - it is raised in the process that asked
@@ -38,8 +44,6 @@ def main() -> None:
     with ThreadPoolExecutor(64, thread_name_prefix="stoker-fetch") as threads, suppress(EOFError, KeyboardInterrupt):
         while True:
             (number, (given, method, arguments)), data = receive(requests)
-            if repr(given) not in stores:
-                stores[repr(given)] = open_store(given[0], **dict(given[1]))
             threads.submit(serve, number, given, method, arguments, data)
 
 

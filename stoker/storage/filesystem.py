@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from fsspec import filesystem
 from fsspec.spec import AbstractBufferedFile
 
-from ..errors import ConfigError, MissingExtra, ObjectChanged, UnsupportedError
+from ..errors import AccessDenied, ConfigError, MissingExtra, ObjectChanged, UnsupportedError
 from ..metrics import counters
 from ._checksums import crc32c
 from ._units import parse_bytes
@@ -261,12 +261,16 @@ class StokerFileSystem(ChainedFileSystem):  # type: ignore[misc]  # fsspec has n
 
     # -- writing: not here
 
+    def makedirs(self, path: Any, exist_ok: bool = False) -> NoReturn:
+        # fsspec.open() makes the parent of a file first, and passes over this one: what it then opens tells the file.
+        raise AccessDenied("stoker:: only reads", value=str(path), place=f"stoker::{self._target.protocol}")
+
     def _refuse(self, path: Any = "", *arguments: Any, **options: Any) -> NoReturn:
         raise UnsupportedError(
             "stoker:: only reads", value=str(path), place=f"stoker::{self._target.protocol}", hint="write to the target"
         )
 
-    mkdir = makedirs = rmdir = touch = pipe_file = put_file = rm = rm_file = _rm = cp_file = mv = _refuse
+    mkdir = rmdir = touch = pipe_file = put_file = rm = rm_file = _rm = cp_file = mv = _refuse
 
 
 def _assemble(views: dict[Block, "memoryview | Exception"], blocks: Sequence[Block], start: int, end: int) -> bytes:

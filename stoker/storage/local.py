@@ -49,6 +49,8 @@ class LocalStore(ObjectStore):
             if parts.netloc not in ("", "localhost"):
                 raise ConfigError("a file URL names no host", value=text, place="open_store", hint="file:///path")
             text = unquote(parts.path)
+        if "\0" in text:
+            raise ConfigError("a path has no NUL character", value=text, place="open_store")
         # Made absolute now: a later chdir of the trainer must not move the store.
         self.root = Path(os.path.abspath(os.path.expanduser(text)))
         super().__init__(str(self.root))
@@ -158,20 +160,22 @@ class LocalStore(ObjectStore):
                 return
             if key.startswith(prefix) and key > start_after:
                 try:
-                    info = path.stat()
-                except FileNotFoundError:  # deleted since the directory was read
+                    with translate_os_errors(str(path)):
+                        info = path.stat()
+                except KeyNotFound:  # deleted since the directory was read
                     continue
                 if stat.S_ISREG(info.st_mode):
                     yield _info(key, info)
                     left = None if left is None else left - 1
 
     def _walk(self, directory: Path, prefix: str) -> Iterator[tuple[str, Path]]:
-        try:
-            with os.scandir(directory) as entries:
-                # "a/" sorts as a key sorts: by its full text, so that "a-b" comes before "a/b".
-                named = sorted((e.name + "/" if e.is_dir(follow_symlinks=False) else e.name) for e in entries)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        with translate_os_errors(str(directory)):
+            try:
+                with os.scandir(directory) as entries:
+                    # "a/" sorts as a key sorts: by its full text, so that "a-b" comes before "a/b".
+                    named = sorted((e.name + "/" if e.is_dir(follow_symlinks=False) else e.name) for e in entries)
+            except (FileNotFoundError, NotADirectoryError):
+                return
         for name in named:
             if not is_key(name.rstrip("/")):  # hidden files, temporary names: no objects
                 continue

@@ -11,6 +11,7 @@ nobody empties.
 """
 
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Mapping
@@ -18,20 +19,21 @@ from time import monotonic
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from ..errors import ConfigError, KeyNotFound, StokerError
+from ..errors import ConfigError, KeyNotFound, StokerError, UnsafeName
 from ..metrics import counters
 from ._checksums import crc32c
 from ._units import format_bytes
 from ._workers import Workers
 from .network import NetworkPolicy
 from .store import ObjectStore, redact_url
-from .urls import open_store
+from .urls import OBSTORE_SCHEMES, open_store, scheme_of
 
 __all__ = ["Near"]
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_CLOSE_S = 30.0
+_LONGEST_WAIT_S = 3600
 _OPENS_AFTER = 3
 """Failures in a row after which it is not asked for a while."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 60.0
@@ -52,6 +54,9 @@ class Near:
         timeout_s: after which a block is fetched from its origin instead, and a moment more for large ones. Three
             failures in a row, and it is asked only now and then, by requests that nobody waits for.
         clock: for tests.
+
+    Raises:
+        ConfigError: an argument, a URL or an option that breaks its rule.
     """
 
     def __init__(
@@ -62,13 +67,28 @@ class Near:
         timeout_s: float,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        if not timeout_s > 0:
-            raise ConfigError("near_timeout_s must be > 0", value=timeout_s, place="TieredCache")
+        if (
+            not isinstance(timeout_s, int | float)
+            or isinstance(timeout_s, bool)
+            or not 0 < timeout_s <= _LONGEST_WAIT_S
+        ):
+            rule = f"near_timeout_s must be > 0 and at most {_LONGEST_WAIT_S} seconds"
+            raise ConfigError(rule, value=repr(timeout_s), place="TieredCache")
+        if not isinstance(storage_options, Mapping):
+            raise ConfigError("near_options must be a dict", value=type(storage_options).__name__, place="TieredCache")
+        if not isinstance(url, str) or not ("://" in url or os.path.isabs(url)):
+            raise ConfigError(
+                "near must be a URL or an absolute path", value=repr(url), place="TieredCache", hint='near="s3://cache"'
+            )
         self.url = redact_url(url)
         self._template, self._options, self._timeout_s, self._clock = url, dict(storage_options), timeout_s, clock
         self._reset()
         # A mistake in URL or options is told at once; this makes no request.
-        self._open("s3://bucket/path").close()
+        try:
+            self._open("s3://bucket/path").close()
+        except (ConfigError, UnsafeName) as error:  # it names the store of an origin that nobody has
+            value = {} if error.value is None else {"value": error.value}
+            raise type(error)(error.rule, place=f"near={self.url}", hint=error.hint, **value) from None
 
     def _reset(self) -> None:
         self._lock = threading.Condition(threading.Lock())
@@ -91,7 +111,7 @@ class Near:
             below = "/".join(part for part in (bucket, path) if part)
         url = f"{url.replace('{bucket}', bucket)}/{below}".rstrip("/")
         options = dict(self._options)
-        if url.partition("://")[0] in ("s3", "gs", "gcs", "az", "abfs", "http", "https"):
+        if scheme_of(url) in OBSTORE_SCHEMES:
             timeout_s = self._timeout_s
             options.setdefault(
                 "network",

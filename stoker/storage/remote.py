@@ -23,6 +23,7 @@ from math import inf
 from typing import Any, TypeVar
 
 from ..errors import (
+    AccessDenied,
     AlreadyExists,
     BadReply,
     ConfigError,
@@ -83,6 +84,8 @@ class RemoteStore(ObjectStore):
     """
 
     def __init__(self, url: str, *, network: NetworkPolicy | None = None, **storage_options: Any) -> None:
+        if network is not None and not isinstance(network, NetworkPolicy):
+            raise ConfigError("network must be a NetworkPolicy", value=type(network).__name__, place="open_store")
         self._given = (url, storage_options | ({} if network is None else {"network": network}))
         self._scheme, self._bucket, self._prefix, self._config = parse(url, storage_options)
         place = f"{self._scheme}://{self._bucket}/{self._prefix}".rstrip("/")
@@ -427,18 +430,19 @@ class RemoteStore(ObjectStore):
 
         def once(second: bool) -> T:
             counters.add(f"store.{verb}.requests")
-            with self._translated(key):
-                return send(second)
+            try:
+                with self._translated(key):
+                    return send(second)
+            except KeyNotFound:
+                if not self._bucket_seen:  # a bare 404, to HEAD, does not say what is missing
+                    self._require_bucket(key, second)
+                raise
 
-        # The client that reads has a time-out for the whole of a request.
-        ends_in_s = self._policy.request_timeout_s(RANGE_BYTES) if hedge else inf
+        # The client that reads has a time-out for the whole of a request; after a 404 there may be a second one.
+        requests = 1 if self._bucket_seen else 2
+        ends_in_s = requests * self._policy.request_timeout_s(RANGE_BYTES) if hedge else inf
         attempt = Attempt(send=once, place=self.place(key), size=size, hedge=hedge, ends_in_s=ends_in_s)
-        try:
-            result = self._network.call(attempt)
-        except KeyNotFound:
-            if not self._bucket_seen:  # a bare 404, to HEAD, does not say what is missing
-                self._require_bucket()
-            raise
+        result = self._network.call(attempt)
         self._bucket_seen = True
         return result
 
@@ -477,11 +481,16 @@ class RemoteStore(ObjectStore):
                 hint='start the process with "spawn" or "forkserver"',
             )
 
-    def _require_bucket(self) -> None:
+    def _require_bucket(self, key: str, second: bool) -> None:
         if self._read_only:
             return
         counters.add("store.list.requests")
-        self._guarded("", lambda: next(iter(obstore().list(self.client, chunk_size=1)), None))
+        client = self._client_of("spare" if second else "read")
+        try:
+            with self._translated(key):
+                next(iter(obstore().list(client, chunk_size=1)), None)
+        except (AccessDenied, UnsupportedError):  # whoever may not list has had an answer all the same
+            return
         self._bucket_seen = True
 
 
@@ -523,8 +532,9 @@ class RemoteWriter(ObjectWriter):
         try:
             while True:
                 with self._lock:
-                    piece = self._waiting.pop(self._next, None)
-                    if piece is None or self._failure is not None:
+                    piece = None if self._failure is not None else self._waiting.pop(self._next, None)
+                    if piece is None:
+                        self._end_draining()  # before the lock is free: whoever brings a piece then sends it
                         return
                 # Blocks while enough parts are in flight.
                 self._store._guarded(self._key, lambda part=piece: self._file.write(part))  # type: ignore[misc]
@@ -533,11 +543,12 @@ class RemoteWriter(ObjectWriter):
         except BaseException as error:
             with self._lock:
                 self._failure = error
+                self._end_draining()
             raise
-        finally:
-            with self._lock:
-                self._draining = False
-                self._lock.notify_all()
+
+    def _end_draining(self) -> None:
+        self._draining = False
+        self._lock.notify_all()
 
     def commit(self) -> ObjectInfo:
         with self._lock:

@@ -6,10 +6,8 @@ where blocks are evicted it holds a lock that says so.
 Anything else in the directory belongs to someone else and is neither counted nor touched.
 """
 
-import ctypes
 import errno
 import logging
-import mmap
 import os
 import re
 import stat
@@ -19,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from heapq import nsmallest
 from pathlib import Path
-from time import time
+from time import monotonic, sleep, time
 
 from ..errors import AccessDenied, ConfigError, DeadlineExceeded
 from ..metrics import counters
@@ -42,9 +40,11 @@ from ._layout import (
     write_tag,
 )
 from ._locks import lock, try_lock, unlock
-from ._plan_file import PlanFile, read_plans
-from ._posix import make_directories, pread_into, pwrite_all
+from ._mapping import MappedFile, map_file
+from ._plan_file import PlanFile, read_plans, sweep_plans
+from ._posix import is_temporary_name, make_directories, pwrite_all
 from ._units import format_bytes
+from ._wake import Wake
 from .eviction import EvictionPolicy, NextUse
 
 __all__ = ["BlockFile", "Tier", "warn_once"]
@@ -54,6 +54,11 @@ logger = logging.getLogger(__name__)
 _MOST_TOLD = 1 << 13
 _START_TIMEOUT_S = 60.0  # the first opener may have to count a million files
 _LOCK_TIMEOUT_S = 5.0  # I6: nobody waits longer for a process that stopped; the cache does without instead
+_FIRST_REST_S, _LONGEST_REST_S = 10.0, 600.0
+"""How long a tier that failed is asked for no writes: each might cost seconds. A fault that passes must not be for ever."""
+_NO_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
+"""Of the process or of the moment, not of the disk: the next write may well succeed."""
+_BLIND_PAUSE_S = 0.005  # between two looks at what another process fetches, where nobody can say that it is there
 _FLOOR_SHARE, _MOST_FLOOR_BYTES = 0.05, 2**30
 """What the file system keeps free of a tier's blocks, unless the user says how much: others need it to go on working."""
 
@@ -69,7 +74,7 @@ class Tier:
     Args:
         path: the directory; made with mode 0700 if it is missing.
         kind: ``"ram"`` or ``"disk"``, for counters and messages.
-        capacity: bytes, given the bytes that are free or in use by the tier now.
+        capacity: bytes, given those that are free in its file system now, and those that the tier uses.
         asked_bytes: what the user asked for, if he did: differing from the limit in force is worth a warning.
         durable: ``fdatasync`` each block before it gets its name.
         min_free_bytes: of the file system, below which nothing is stored, whoever fills it. None: 5 % of it, at most
@@ -88,7 +93,7 @@ class Tier:
         path: Path,
         *,
         kind: str,
-        capacity: Callable[[int], int],
+        capacity: Callable[[int, int], int],
         asked_bytes: int | None,
         durable: bool,
         min_free_bytes: int | None = None,
@@ -112,11 +117,12 @@ class Tier:
         self._policy = None if self._make_policy is None else self._make_policy()
         self._decisions_to_go = 0
         self._lock_fd = -1
+        self._wake: Wake | None = None
         self._writing_fds: set[int] = set()
-        self._maps: weakref.WeakValueDictionary[str, ctypes.Array[ctypes.c_ubyte]] = weakref.WeakValueDictionary()
-        self._verified: set[int] = set()
+        self._maps: weakref.WeakValueDictionary[str, MappedFile] = weakref.WeakValueDictionary()
+        self._verified: dict[str, tuple[int, int]] = {}  # the file of each block that was checked or written here
         self._closed = False
-        self._broken = False
+        self._rests_until, self._rest_s = 0.0, _FIRST_REST_S
         self._plan_file: PlanFile | None = None
         self.corrupt = 0
 
@@ -137,6 +143,8 @@ class Tier:
                     raise OSError(errno.EDEADLK, "presence lock refused")
                 if not first:
                     self._remove_leftovers(subtract=True)
+                with suppress(OSError):
+                    self._wake = self._open_wake()
             finally:
                 unlock(self._lock_fd, START_BYTE)
         except BaseException:
@@ -153,14 +161,23 @@ class Tier:
                 format_bytes(self._asked_bytes),
             )
 
+    def _open_wake(self) -> Wake:
+        # Opened once more: a mapping of the file that has the locks would keep them after it is closed.
+        fd = os.open("lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+        try:
+            return Wake(fd)
+        finally:
+            os.close(fd)
+
     def _begin(self) -> None:
         for folder in ("blocks", "tmp"):
             with suppress(FileExistsError):
                 os.mkdir(folder, 0o700, dir_fd=self._directory_fd)
         self._remove_leftovers(subtract=False)
+        sweep_plans(self._directory_fd)
         used = sum(size for folder in self._folders() for _, size in self._files(folder, BLOCK_NAME))
         free = os.statvfs(self._directory_fd)
-        write_state(self._lock_fd, self._capacity_rule(free.f_bavail * free.f_frsize + used), used)
+        write_state(self._lock_fd, self._capacity_rule(free.f_bavail * free.f_frsize, used), used)
 
     def _remove_leftovers(self, *, subtract: bool) -> None:
         """Remove temporary files whose writer is gone: those that nobody holds locked."""
@@ -183,10 +200,13 @@ class Tier:
                 self._closed = True
                 self._drop_plan_file()
                 self._drop_descriptors()
-                os.close(self._directory_fd)
+                # Its number may be another file's at once: whoever is still in here must not use it.
+                directory_fd, self._directory_fd = self._directory_fd, -1
+                os.close(directory_fd)
                 _live.discard(self)
 
     def _drop_descriptors(self) -> None:
+        self._wake = None
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -216,6 +236,8 @@ class Tier:
         if not self._mutex.acquire(timeout=_LOCK_TIMEOUT_S):
             raise DeadlineExceeded(f"a lock must become free within {_LOCK_TIMEOUT_S:g} s", place=str(self.path))
         try:
+            if self._lock_fd >= 0 and self._is_lock_file_gone():
+                self._drop_descriptors()
             if self._lock_fd < 0:
                 self._attach()
             lock(self._lock_fd, USAGE_BYTE, timeout_s=_LOCK_TIMEOUT_S, place=str(self.path))
@@ -225,6 +247,14 @@ class Tier:
                 unlock(self._lock_fd, USAGE_BYTE)
         finally:
             self._mutex.release()
+
+    def _is_lock_file_gone(self) -> bool:
+        """Whether somebody emptied the directory: then processes that came later count in another file."""
+        try:
+            there = os.stat("lock", dir_fd=self._directory_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        return not os.path.samestat(there, os.fstat(self._lock_fd))
 
     def _state(self) -> tuple[int, int]:
         with self._mutex:
@@ -260,6 +290,7 @@ class Tier:
             try:
                 mapped = self._open(block)
             except (FileNotFoundError, NotADirectoryError):
+                self._verified.pop(block.name, None)
                 return None
             except OSError as error:
                 self._degrade(error, "read")
@@ -274,18 +305,18 @@ class Tier:
         start = block.header_bytes
         return memoryview(mapped).cast("B")[start : start + block.length].toreadonly()
 
-    def _open(self, block: BlockFile) -> "ctypes.Array[ctypes.c_ubyte] | None":
+    def _open(self, block: BlockFile) -> MappedFile | None:
         path = block_path(block.name)
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
         try:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid():
                 return None
-            identity = _identity(block, info)
+            identity = _identity(info)
             if info.st_size == block.size_bytes:
-                mapped = _map_readonly(fd, info.st_size)
-                if identity in self._verified or self._is_healthy(fd, mapped, block):
-                    self._verified.add(identity)
+                mapped = map_file(fd, info.st_size)
+                if self._verified.get(block.name) == identity or self._is_healthy(fd, mapped, block):
+                    self._verified[block.name] = identity
                     self._lease(block.name, mapped)
                     return mapped
             self._remove_corrupt(path, info)
@@ -293,7 +324,7 @@ class Tier:
         finally:
             os.close(fd)
 
-    def _lease(self, name: str, mapped: "ctypes.Array[ctypes.c_ubyte]") -> None:
+    def _lease(self, name: str, mapped: MappedFile) -> None:
         """Tell the other processes that a block is in use here, as long as it is mapped."""
         if self._policy is None:  # a lock for each block is not free, and nobody would ask
             return
@@ -313,11 +344,10 @@ class Tier:
             unlock(self._lock_fd, byte)
         return False
 
-    def _is_healthy(self, fd: int, mapped: "ctypes.Array[ctypes.c_ubyte]", block: BlockFile) -> bool:
+    def _is_healthy(self, fd: int, mapped: MappedFile, block: BlockFile) -> bool:
         start = block.header_bytes
-        header = memoryview(bytearray(start))
         try:
-            if pread_into(fd, header, 0) != start or header != block.header():
+            if os.pread(fd, start, 0) != block.header():
                 return False
             if self._durable:
                 # Read a disk before touching the mapping: a bad sector is an error here and kills with SIGBUS there.
@@ -356,11 +386,32 @@ class Tier:
             except OSError:
                 return None
 
-    def land(self, block: BlockFile) -> None:
-        """Let others fetch the block, should they still want to."""
+    def land(self, block: BlockFile, *, tell: bool = True) -> None:
+        """Let others fetch the block, should they still want to; `tell` those who wait, unless they know."""
         with self._mutex, suppress(OSError):
             if self._lock_fd >= 0:
                 unlock(self._lock_fd, flight_byte(block.name))
+                if tell:
+                    self.tell(block)
+
+    def news(self, block: BlockFile) -> int:
+        """What :meth:`wait_for_news` needs, asked for before looking for a block."""
+        wake = self._wake
+        return 0 if wake is None else wake.seen(flight_byte(block.name))
+
+    def wait_for_news(self, block: BlockFile, news: int) -> None:
+        """Return when another process has stored a block or given it up since `news`; after 50 ms anyway."""
+        wake = self._wake
+        if wake is None:
+            sleep(_BLIND_PAUSE_S)
+        else:
+            wake.wait(flight_byte(block.name), news)
+
+    def tell(self, block: BlockFile) -> None:
+        """Wake those who wait for a block: it is in a tier, or nobody fetches it any more."""
+        with self._mutex, suppress(OSError):
+            if self._wake is not None:
+                self._wake.tell(self._lock_fd, flight_byte(block.name))
 
     # -- writing
 
@@ -369,7 +420,7 @@ class Tier:
 
         `is_held` says that another tier has the block for now, so that only reads after the next one speak for it here.
         """
-        if self._closed or self._broken or not self._is_worth_it(block, is_held):
+        if self._closed or monotonic() < self._rests_until or not self._is_worth_it(block, is_held):
             return False
         try:
             fd, temporary = self._reserve(block, is_held)
@@ -392,7 +443,7 @@ class Tier:
                     self._policy.added(block.name, block.size_bytes)
             if published:
                 # Checked by whoever fetched it, and copied by the kernel: no need to check our own copy at once.
-                self._verified.add(_identity(block, os.fstat(fd)))
+                self._verified[block.name] = _identity(os.fstat(fd))
         except (DeadlineExceeded, OSError) as error:
             self._degrade(error, "write")
             self._discard(block, temporary)
@@ -403,6 +454,7 @@ class Tier:
         finally:
             self._writing_fds.discard(fd)
             os.close(fd)
+        self._rest_s = _FIRST_REST_S
         counters.add(f"cache.{self.kind}.admitted")
         return True
 
@@ -487,6 +539,7 @@ class Tier:
         self._forget(name)
 
     def _forget(self, name: str) -> None:
+        self._verified.pop(name, None)
         if self._policy is not None:
             with self._policy_lock:
                 self._policy.removed(name)
@@ -557,6 +610,8 @@ class Tier:
         """Bring the policy up to date with the directory, which is the index."""
         assert self._policy is not None
         found = {name: size for folder in self._folders() for name, size in self._files(folder, BLOCK_NAME)}
+        for name in [name for name in list(self._verified) if name not in found]:  # removed by others
+            self._verified.pop(name, None)
         with self._policy_lock:
             for name in self._policy.names():
                 if name not in found:
@@ -592,15 +647,15 @@ class Tier:
             state.add(-block.size_bytes)
 
     def _degrade(self, error: Exception, act: str) -> None:
-        # One that is full may have room again. One that fails is asked for no more writes: each might cost seconds.
-        if act == "write" and not (
-            isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        ):
-            self._broken = True
+        if self._closed:  # while this went on
+            return
+        if act == "write" and not (isinstance(error, OSError) and error.errno in _NO_FAULT):
+            self._rests_until = monotonic() + self._rest_s
+            self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
         counters.add("cache.degraded")
         counters.add(f"cache.{self.kind}.degraded")
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        warn_once(f"can't {act} blocks in the {self.kind} tier {self.path} ({reason}): going on without it")
+        warn_once(f"can't {act} blocks in the {self.kind} tier {self.path} ({reason}): going on without it for now")
 
     def clear(self) -> int:
         """Remove all blocks, of all processes; those in use stay valid. Returns the bytes."""
@@ -653,8 +708,8 @@ class _Usage:
         write_state(self._tier._lock_fd, self.capacity, self.used)
 
 
-def _identity(block: BlockFile, info: os.stat_result) -> int:
-    return hash((block.name, info.st_ino, info.st_mtime_ns))
+def _identity(info: os.stat_result) -> tuple[int, int]:
+    return info.st_ino, info.st_mtime_ns
 
 
 def _end_lease(tier: "weakref.ref[Tier]", fd: int, byte: int) -> None:
@@ -675,6 +730,8 @@ def _open_directory(path: Path) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            if not path.is_symlink():
+                raise ConfigError("a cache directory must be a directory", place=str(path)) from error
             raise AccessDenied("a cache directory must not be a link", place=str(path)) from error
         raise
     try:
@@ -687,10 +744,11 @@ def _open_directory(path: Path) -> int:
                 hint="name a directory of your own",
             )
         if not has_tag(fd, path):
-            if set(os.listdir(fd)) and not has_tag(fd, path):  # asked again: another process may have just made it
+            others = [name for name in os.listdir(fd) if not is_temporary_name(name)]  # a tag in the making
+            if others and not has_tag(fd, path):  # asked again: another process may have just made it
                 raise ConfigError(
                     "a cache directory must be empty or made by stoker",
-                    value=f"{len(os.listdir(fd))} other entries",
+                    value=f"{len(others)} other entries",
                     place=str(path),
                     hint="name a directory of its own",
                 )
@@ -707,36 +765,6 @@ def _open_directory(path: Path) -> int:
         os.close(fd)
         raise
     return fd
-
-
-# --- mapping ----------------------------------------------------------------------------------------------------------
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-
-
-def _map_readonly(fd: int, length: int) -> "ctypes.Array[ctypes.c_ubyte]":
-    """Map a file until the last view of the array is gone.
-
-    Not :mod:`mmap`: before Python 3.13 its objects keep a file descriptor each, and a loader that holds a thousand
-    blocks would meet the usual limit of 1,024.
-    """
-    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, 0)
-    if address is None or address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    array = (ctypes.c_ubyte * length).from_address(address)
-    # Not at exit: other threads may still read, and the kernel unmaps everything anyway.
-    weakref.finalize(array, _libc.munmap, address, length).atexit = False
-    return array
 
 
 # --- once in a process ------------------------------------------------------------------------------------------------

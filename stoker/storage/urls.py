@@ -1,14 +1,19 @@
 """Which store a URL names: the one place that knows them all."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from .store import ObjectStore, redact_url
 
-__all__ = ["is_local_url", "open_store"]
+__all__ = ["OBSTORE_SCHEMES", "is_local_url", "open_store", "scheme_of"]
 
-_OBSTORE_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https"})
+OBSTORE_SCHEMES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "http", "https"})
+"""Those of the stores whose requests go by a :class:`~stoker.storage.NetworkPolicy`."""
+
+_ALMOST_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
 
 def is_local_url(url: str) -> bool:
@@ -18,6 +23,15 @@ def is_local_url(url: str) -> bool:
     (True, True, False)
     """
     return "://" not in url or url.startswith("file://")
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of `url` in lower case; ``"file"`` for a plain path.
+
+    >>> scheme_of("S3://bucket/web"), scheme_of("/data/web")
+    ('s3', 'file')
+    """
+    return url.split("://", 1)[0].lower() if "://" in url else "file"
 
 
 def open_store(url: str | Path, **storage_options: Any) -> ObjectStore:
@@ -33,7 +47,7 @@ def open_store(url: str | Path, **storage_options: Any) -> ObjectStore:
     Those of the second line also take ``network=NetworkPolicy(...)``: time-outs, retries, requests at once.
 
     Raises:
-        ConfigError: an unknown option, or a URL without a bucket.
+        ConfigError: an unknown option, or a URL that is none or lacks a bucket.
         MissingExtra: the library for that protocol is not installed.
 
     >>> import tempfile
@@ -42,10 +56,21 @@ def open_store(url: str | Path, **storage_options: Any) -> ObjectStore:
     ...     bytes(store.get("greeting", 1, 4)), info.size
     (b'ell', 5)
     """
+    if not isinstance(url, str | os.PathLike):
+        raise ConfigError("a URL or a path must be text or a Path", value=repr(url), place="open_store")
     url = str(url)
     if not url:
         raise ConfigError("a URL or a path must not be empty", value=url, place="open_store")
-    scheme = url.split("://", 1)[0].lower() if "://" in url else "file"
+    if "\0" in url:
+        raise ConfigError("a URL or a path has no NUL character", value=redact_url(url), place="open_store")
+    if "://" not in url and _ALMOST_URL.match(url):
+        raise ConfigError(
+            "a URL has :// behind its scheme",
+            value=f"{url.partition('/')[0]}/...",
+            place="open_store",
+            hint="pass a URL as text, not as a Path; a directory of that name is ./NAME",
+        )
+    scheme = scheme_of(url)
     if scheme == "file":
         if storage_options:
             names = ", ".join(sorted(storage_options))
@@ -53,7 +78,7 @@ def open_store(url: str | Path, **storage_options: Any) -> ObjectStore:
         from .local import LocalStore
 
         return LocalStore(url)
-    if scheme in _OBSTORE_SCHEMES:
+    if scheme in OBSTORE_SCHEMES:
         from .remote import RemoteStore
 
         return RemoteStore(url, **storage_options)

@@ -32,7 +32,7 @@ from stoker.testing.faulty_tier import FaultyTier, TierFault
 
 from .disks import MIB, Disk, MountedDisk, make_mounts_private, mount
 
-HELD_UP_S = 5.0
+HELD_UP_S = 15.0
 HEADER_BYTES = 4096
 Facts = dict[str, Any]
 

@@ -32,12 +32,12 @@ def work(tmp_path: Path, check: Check) -> Path:
 
 
 def test_processes_that_fill_and_evict_are_killed_at_random_and_nothing_is_wrong(memory: Path) -> None:
-    report = prove("caching", "moments", 20, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("caching", "moments", 20, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 
 def test_processes_that_fill_and_evict_are_killed_between_calls_and_nothing_is_wrong(memory: Path) -> None:
-    report = prove("caching", "calls", 20, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("caching", "calls", 20, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 

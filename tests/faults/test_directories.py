@@ -26,10 +26,11 @@ def test_a_directory_that_breaks_costs_no_byte(memory: Path, scenario: Callable[
 
 
 def test_real_file_systems_that_are_small_full_and_read_only_cost_no_byte(memory: Path) -> None:
-    # Where this system gives us no mounts, one outcome says so: the same scenarios ran above on a simulated disk.
     outcomes = mounted(memory / "mounted", divisor=8)
+    if any("not tried" in name for outcome in outcomes for name in outcome.facts):
+        pytest.skip(f"{outcomes[0]}: the same scenarios ran on a simulated disk")
     assert [str(outcome) for outcome in outcomes if outcome.violation] == []
-    assert len(outcomes) == 3 or "not tried" in str(outcomes)
+    assert len(outcomes) == 3
 
 
 def test_what_a_scenario_asserts_is_its_violation(tmp_path: Path) -> None:

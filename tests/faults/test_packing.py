@@ -20,12 +20,12 @@ def check(tmp_path: Path) -> Check:
 
 
 def test_a_packing_process_that_is_killed_at_random_tears_nothing(memory: Path) -> None:
-    report = prove("packing", "moments", 25, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("packing", "moments", 25, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 
 def test_a_packing_process_that_is_killed_between_calls_tears_nothing(memory: Path) -> None:
-    report = prove("packing", "calls", 25, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("packing", "calls", 25, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 

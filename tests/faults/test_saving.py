@@ -10,7 +10,7 @@ import pytest
 from stoker.checkpoint import CheckpointManager
 from stoker.errors import KeyNotFound
 from stoker.testing.kill import Death
-from tests.faults.prove import main, prove
+from tests.faults.prove import KILLS, main, prove
 from tests.faults.saving import Check, differences, tree_at, tree_with_base_at
 
 
@@ -28,12 +28,12 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_saving_process_that_is_killed_at_random_tears_nothing(memory: Path) -> None:
-    report = prove("saving", "moments", 12, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("saving", "moments", 12, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 
 def test_a_saving_process_that_is_killed_between_calls_tears_nothing(memory: Path) -> None:
-    report = prove("saving", "calls", 12, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("saving", "calls", 12, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 
@@ -41,7 +41,7 @@ def test_a_saving_process_that_is_killed_between_calls_tears_nothing(memory: Pat
 def test_a_process_whose_steps_refer_to_older_ones_tears_nothing_when_it_is_killed(
     memory: Path, at: Literal["moments", "calls"]
 ) -> None:
-    report = prove("saving incremental", at, 12, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("saving incremental", at, 12, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 
@@ -58,7 +58,7 @@ def test_a_file_that_is_missing_in_a_retired_home_is_seen(tmp_path: Path) -> Non
 
 
 def test_the_ranks_of_a_job_that_are_killed_at_once_tear_nothing(memory: Path) -> None:
-    report = prove("saving ranks", "moments", 4, directory=memory, seed=1, min_in_flight=0.5)
+    report = prove("saving ranks", "moments", 4, directory=memory, seed=1, min_in_flight=0.25)
     assert report.ok, report
 
 
@@ -110,7 +110,8 @@ def test_differences_names_what_differs() -> None:
 
 
 def test_prove_prints_one_json_object(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(__import__("tests.faults.prove", fromlist=["KILLS"]).KILLS, "change", (2, 2))
+    monkeypatch.setitem(KILLS, "change", (2, 2))
+    monkeypatch.setattr("tests.faults.prove.MIN_IN_FLIGHT", {"moments": 0.0, "calls": 0.0})
     assert main(["--level", "change", "--trial", "packing", "--seed", "5", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True

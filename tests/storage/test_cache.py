@@ -1,5 +1,6 @@
 """The block cache: right bytes always, bounded always, shared by processes, harmless to everything else."""
 
+import errno
 import os
 import pickle
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,8 +19,9 @@ import pytest
 
 from stoker.errors import AccessDenied, ConfigError, CorruptBlock, KeyNotFound, UnknownVersion
 from stoker.metrics import counters
-from stoker.storage import Block, TieredCache, _locks, _open_tiers, tiers
+from stoker.storage import Block, TieredCache, _locks, _open_tiers, cache, tiers
 from stoker.storage._checksums import crc32c
+from stoker.storage._memory import MemoryLimit
 from stoker.storage.local import LocalStore
 
 SIZE = 8192
@@ -900,7 +903,8 @@ def test_a_ram_tier_larger_than_what_is_free_is_cut_down(ram: Path, warnings: py
 def test_the_limit_of_the_control_group_counts_too(
     ram: Path, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_open_tiers, "_free_cgroup_bytes", lambda: 1_000_000)
+    limits = [MemoryLimit(limit_bytes=2**40, used_bytes=0), MemoryLimit(limit_bytes=3_000_000, used_bytes=2_000_000)]
+    monkeypatch.setattr(_open_tiers, "memory_limits", lambda: iter(limits))
     with TieredCache(ram="10MB", ram_path=ram) as tested:
         assert tested.stats().ram_capacity_bytes == 800_000
     shutil.rmtree(ram)
@@ -954,3 +958,132 @@ def test_where_files_can_not_be_locked_there_is_no_tier(
         assert tested.get(origin, block) == content(origin, block)
         assert tested.stats().pass_through == 1
     assert "no open-file-description locks" in warnings.text
+
+
+# --- faults that pass, and time that passes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO], ids=errno.errorcode.get)
+def test_a_tier_that_failed_once_is_used_again(
+    origin: Origin, disk: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = make_blocks(origin, 3)
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested, monkeypatch.context() as patch:
+        patch.setattr(tiers.Tier, "_reserve", failing(OSError(error, "test")))
+        tested.get(origin, blocks[0])
+        assert files(disk) == []
+        patch.undo()
+        patch.setattr(tiers, "monotonic", lambda: time.monotonic() + 11)  # a broken disk is left alone for a while
+        tested.get(origin, blocks[1])
+        assert len(files(disk)) == 1
+
+
+def failing(error: OSError) -> Callable[..., Any]:
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
+
+
+def test_what_is_known_of_blocks_goes_with_them(origin: Origin, disk: Path) -> None:
+    blocks = make_blocks(origin, 40)
+    with TieredCache(ram=0, disk=disk, disk_capacity=10 * FILE, eviction="sieve") as tested:
+        for block in blocks * 3:
+            tested.get(origin, block)
+        assert tested._disk is not None and len(tested._disk._verified) <= 10
+
+
+def test_a_cache_that_is_closed_touches_no_other_directory(origin: Origin, disk: Path, tmp_path: Path) -> None:
+    (block,) = make_blocks(origin, 1)
+    closed = TieredCache(ram=0, disk=disk, disk_capacity="1MiB")
+    tier = closed._disk
+    assert tier is not None
+    closed.close()
+    with TieredCache(ram=0, disk=tmp_path / "other", disk_capacity="1MiB") as other:  # has the same descriptors
+        other.get(origin, block)
+        with pytest.raises(ConfigError, match="closed"):
+            closed.clear()
+        with pytest.raises(OSError):
+            tier.clear()
+        assert len(files(tmp_path / "other")) == 1
+
+
+def test_a_directory_that_was_emptied_under_a_job_is_counted_anew_with_the_next_one(origin: Origin, disk: Path) -> None:
+    blocks = make_blocks(origin, 20)
+    with TieredCache(ram=0, disk=disk, disk_capacity=10 * FILE) as first:
+        for block in blocks:
+            first.get(origin, block)
+        for path in disk.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with TieredCache(ram=0, disk=disk, disk_capacity=10 * FILE) as second:
+            for block in blocks:
+                second.get(origin, block)
+                first.get(origin, block)
+            assert len(files(disk)) <= 10
+
+
+def test_a_failed_prefetch_of_a_reader_that_has_left_is_nobody_s(origin: Origin, disk: Path) -> None:
+    (block,) = make_blocks(origin, 1)
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested:
+        tried = threading.Event()
+
+        def down(key: str) -> None:
+            tried.set()
+            raise KeyNotFound("test", place=key)
+
+        origin.gate = down
+        reader = tested.reader()
+        reader.prefetch(origin, [block])
+        assert tried.wait(60)
+        while not tested._failed:
+            os.sched_yield()
+        reader.close()
+        origin.gate = lambda key: None
+        assert tested.get(origin, block) == content(origin, block)
+
+
+def test_the_end_of_a_program_waits_for_a_store_that_hangs_no_longer_than_a_moment(
+    origin: Origin, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = make_blocks(origin, 1)
+    monkeypatch.setattr(cache, "_CLOSE_TIMEOUT_S", 0.01)
+    began, release = threading.Event(), threading.Event()
+
+    def hang(key: str) -> None:
+        began.set()
+        release.wait(60)
+
+    origin.gate = hang
+    tested = TieredCache(ram=0, disk=disk, disk_capacity="1MiB")
+    tested.prefetch(origin, [block])
+    assert began.wait(60)
+    threads = list(tested._threads)
+    tested.close()
+    assert threads[0].is_alive()
+    release.set()
+    for thread in threads:
+        thread.join(60)
+    assert files(disk) == [], "what came later is dropped"
+
+
+@pytest.mark.parametrize("wrong", ["s3://bucket/x", "file:///nvme", "a\0b", 5], ids=repr)
+def test_a_disk_that_is_no_local_path_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="local path"):
+        TieredCache(ram=0, disk=wrong)
+
+
+def test_a_relative_directory_stays_the_same_for_workers_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with TieredCache(ram=0, disk="cache", disk_capacity="1MiB") as tested:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        with pickle.loads(pickle.dumps(tested)) as worker:
+            assert worker._disk.path == tmp_path / "cache"
+
+
+def test_a_file_where_the_cache_should_be_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    with pytest.raises(ConfigError, match="must be a directory"):
+        TieredCache(ram=0, disk=tmp_path / "cache")

@@ -4,6 +4,9 @@ import http.server
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -327,3 +330,32 @@ def test_a_clock_that_is_off_is_told(off_s: int, verdict: str, words: str, tmp_p
     assert found.check("clock").verdict == verdict
     assert words in found.check("clock").value
     assert found.check("bucket, credentials").verdict == "not measured", "plain HTTP can't be listed"
+
+
+def test_an_empty_url_is_no_directory(capfd: pytest.CaptureFixture[str]) -> None:
+    assert stoker("") == 2
+    assert "must not be empty" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["store", "directory"])
+def test_a_doctor_ended_by_sigterm_leaves_nothing_behind(tmp_path: Path, where: str) -> None:
+    method = "_ranges" if where == "store" else None
+    program = f"""
+import signal, os
+from stoker.cli import main
+from stoker.storage import doctor
+
+def end(*arguments):
+    assert list(os.scandir({str(tmp_path)!r}))
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "not ended"
+
+if {method!r}:
+    doctor._Examination._ranges = end
+else:
+    doctor._link = end
+main(["doctor", {str(tmp_path)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,11 @@ def child():
         cache.prefetch(mine, [block])
         found["block"] = cache.get(mine, block) == data[:4_000_000]
     if what == "killed helper":
-        process = fetch._helper._process
+        process = fetch._helper._running.process
         process.kill()
         process.wait()
         found["again"] = mine.get("object") == data
-    found["helper"] = fetch._helper._process.pid
+    found["helper"] = fetch._helper._running.process.pid
     return found
 
 
@@ -121,8 +122,8 @@ def test_a_forked_child_reads_and_writes_although_its_parent_used_the_store(
         **again,
     }
     # The child ended without closing anything. Its helper reads the end of the pipe and ends as well.
-    pidfd = os.pidfd_open(helper) if Path(f"/proc/{helper}").exists() else None
-    if pidfd is not None:
+    with suppress(ProcessLookupError):  # it has ended already
+        pidfd = os.pidfd_open(helper)
         try:
             assert select.select([pidfd], [], [], 60)[0]
         finally:
@@ -156,8 +157,8 @@ def test_every_way_to_start_a_process_reads_a_store_that_its_parent_has_used(s3_
 
 def test_no_secret_is_in_the_helper_s_command_line(s3_server: S3Server, tmp_path: Path) -> None:
     program = PROGRAM.replace(
-        'found["helper"] = fetch._helper._process.pid',
-        'found["command"] = open(f"/proc/{fetch._helper._process.pid}/cmdline").read()',
+        'found["helper"] = fetch._helper._running.process.pid',
+        'found["command"] = open(f"/proc/{fetch._helper._running.process.pid}/cmdline").read()',
     )
     assert program != PROGRAM
     (tmp_path / "ram").mkdir(mode=0o700)
@@ -172,3 +173,96 @@ def test_no_secret_is_in_the_helper_s_command_line(s3_server: S3Server, tmp_path
     command = json.loads(done.stdout)["command"]
     assert "stoker.storage.fetch" in command
     assert s3_server.storage_options["secret"] not in command
+
+
+STOPPED = """
+import json, os, signal, sys, threading, time
+from stoker.errors import StoreUnavailable
+from stoker.storage import NetworkPolicy, fetch, open_store
+
+fetch._GRACE_S = 1.0
+url = sys.argv[1]
+open_store(url).put("object", b"of the parent")
+pid = os.fork()
+if not pid:
+    found = {}
+    mine = open_store(url, network=NetworkPolicy(timeout_s=120.0))
+    mine.get("object")  # the helper runs
+    stopped = fetch._helper._running.process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    hasty = open_store(url, network=NetworkPolicy(timeout_s=1.0))
+    try:
+        hasty.put("large", bytes(3 << 20))
+    except StoreUnavailable as error:
+        found["put"] = error.value
+    found["killed"] = stopped.wait()
+    found["again"] = bytes(mine.get("object")).decode()
+
+    running = fetch._helper._running
+    os.kill(running.process.pid, signal.SIGSTOP)
+    def behind():
+        try:
+            hasty.get("object")
+        except StoreUnavailable as error:
+            found["behind"] = error.value
+    first = threading.Thread(target=lambda: mine.put("large", bytes(3 << 20)))
+    first.start()
+    while not fetch._helper._lock.locked():
+        pass
+    behind()
+    os.kill(running.process.pid, signal.SIGCONT)
+    first.join()
+    found["large"] = len(mine.get("large"))
+
+    # What the first helper leaves unanswered is not what its successor was asked.
+    os.kill(running.process.pid, signal.SIGSTOP)
+    told = []
+    def ask():
+        try:
+            mine.get("object")
+        except StoreUnavailable as error:
+            told.append(error.value)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not running.waiting:
+        pass
+    fetch._helper._running = None
+    successor = fetch._helper._started()
+    unanswered = fetch.queue.SimpleQueue()
+    successor.waiting[-1] = unanswered
+    running.process.kill()
+    asking.join()
+    found["told"] = told, unanswered.empty()
+
+    # An error of open_store in the helper is its caller's only.
+    try:
+        fetch.FetchedStore("s3://bucket", {"no_such": 1}, shown_url="s3://bucket").get("object")
+    except Exception as error:
+        found["wrong"] = type(error).__name__
+    found["same helper"] = bytes(mine.get("object")).decode(), successor is fetch._helper._running
+    print(json.dumps(found), flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+"""
+
+
+def test_a_helper_that_is_stopped_or_dies_costs_no_call_more_than_its_deadline(s3_server: S3Server) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, s3_server.url("stoker", uuid.uuid4().hex)],
+        env={**os.environ, **s3_server.env},
+        capture_output=True,
+        text=True,
+        timeout=100,  # less than the time-out of the calls that must not wait for it
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    assert json.loads(done.stdout) == {
+        "put": "timed out",
+        "killed": -9,
+        "again": "of the parent",
+        "behind": "timed out",
+        "large": 3 << 20,
+        "told": [["it ended"], True],
+        "wrong": "ConfigError",
+        "same helper": ["of the parent", True],
+    }

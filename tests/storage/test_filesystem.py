@@ -22,7 +22,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stoker.errors import ConfigError, ObjectChanged, UnsupportedError
+from stoker.errors import AccessDenied, ConfigError, ObjectChanged, UnsupportedError
 from stoker.storage import open_store
 from stoker.storage._checksums import crc32c
 from stoker.storage.filesystem import _RESIDUE, StokerFileSystem
@@ -249,9 +249,17 @@ def test_errors_of_ranges_are_returned_or_raised(url: str, tmp_path: Path) -> No
 def test_writing_raises_and_changes_nothing(url: str, tmp_path: Path, write: Callable[..., Any]) -> None:
     fs, path = opened(url, tmp_path)
     before = fsspec.filesystem("memory").find(path, detail=True)
-    with pytest.raises(UnsupportedError, match="stoker:: only reads"):
+    with pytest.raises((UnsupportedError, AccessDenied), match="stoker:: only reads"):
         write(fs, path)
     assert fsspec.filesystem("memory").find(path, detail=True) == before
+
+
+def test_a_file_opened_for_writing_is_told_by_its_own_name(url: str) -> None:
+    with (
+        pytest.raises(UnsupportedError, match="only reads, got '.*/sub/new'"),
+        fsspec.open(f"stoker::{url}/sub/new", "wb"),
+    ):
+        pass
 
 
 # -- versions ----------------------------------------------------------------------------------------------------------

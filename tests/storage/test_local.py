@@ -10,10 +10,19 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stoker.errors import BucketNotFound, ConfigError, ObjectChanged, StoreError, StoreFull, UnsupportedError
+from stoker.errors import (
+    AccessDenied,
+    BucketNotFound,
+    ConfigError,
+    ObjectChanged,
+    StoreError,
+    StoreFull,
+    UnsupportedError,
+)
 from stoker.storage import ObjectStore, open_store
 from stoker.storage._locks import try_lock
 from stoker.storage._posix import aligned_buffer
@@ -80,6 +89,20 @@ def test_a_file_url_of_another_host_and_options_are_refused(tmp_path: Path) -> N
         open_store("")
 
 
+def test_what_is_neither_a_path_nor_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for almost in ("s3:/bucket/path", Path("s3://bucket/path"), "File:/data"):
+        with pytest.raises(ConfigError, match="has :// behind its scheme.*hint"):
+            open_store(almost)
+    for url in ("a\0b", "file:///a%00b"):
+        with pytest.raises(ConfigError, match="no NUL"):
+            open_store(url)
+    for nothing in (None, 5, b"data"):
+        with pytest.raises(ConfigError, match="text or a Path"):
+            open_store(nothing)  # type: ignore[arg-type]
+    assert open_store("./s3:/bucket").local_path("a") == tmp_path / "s3:/bucket/a"
+
+
 def test_files_and_directories_are_private(store: LocalStore) -> None:
     store.put("folder/object", b"1")
     with store.open_writer("folder/large", 1) as writer:
@@ -110,6 +133,21 @@ def test_what_is_no_regular_file_is_no_object(store: LocalStore) -> None:
     assert [info.key for info in store.list()] == ["object"]
     assert not store.exists("link")
     assert not store.exists("fifo")
+
+
+def test_what_can_not_be_listed_is_a_typed_error(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("folder/object", b"1")
+    (store.root / "loop").symlink_to(store.root / "loop")
+    with pytest.raises(StoreError, match=r"/loop: .*symbolic links"):
+        list(store.list())
+    (store.root / "loop").unlink()
+
+    def refuse(path: Path) -> Any:  # a folder that can't be read, which there is none for root
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(AccessDenied):
+        list(store.list())
 
 
 def test_a_root_that_is_not_there_is_empty_and_can_be_asked_for(store: LocalStore) -> None:

@@ -2,20 +2,28 @@
 
 import os
 import pickle
+import re
+import signal
+import subprocess
+import sysconfig
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from stoker.errors import ConfigError
 from stoker.metrics import counters
 from stoker.storage import Block, ObjectStore, TieredCache, open_store
 from stoker.storage._checksums import crc32c
 from stoker.storage.near import Near
+from stoker.storage.remote import RemoteStore
 from stoker.testing import Fault, FaultProxy, S3Server
 from tests.storage.test_cache import wait_until
 
 SIZE = 50_000
+_MANUAL = Path(__file__).parents[2] / "docs" / "cache.md"
 
 
 @pytest.fixture
@@ -144,7 +152,7 @@ def test_a_near_cache_that_comes_back_is_asked_again_after_one_probe(
     origin: ObjectStore, mirror: ObjectStore, options: dict[str, Any], fault_proxy: FaultProxy, data: bytes
 ) -> None:
     now = 0.0
-    near = Near(options["near"], storage_options=fault_proxy.storage_options, timeout_s=0.5, clock=lambda: now)
+    near = Near(options["near"], storage_options=fault_proxy.storage_options, timeout_s=30.0, clock=lambda: now)
     wanted = (origin, "a/object", 0, SIZE, crc32c(data[:SIZE]))
     with fault_proxy.outage(Fault("status", status=403)):
         for _ in range(3):
@@ -204,3 +212,79 @@ def test_a_forked_child_asks_the_near_cache_on_its_own(
             finally:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+class _Cluster(S3Server):
+    """A SeaweedFS that may mount a bucket of this machine: by itself it refuses loopback addresses."""
+
+    def _prepare(self) -> tuple[list[str], dict[str, str]]:
+        command, env = super()._prepare()
+        return [*command, *(f"-{part}.allowUntrustedRemoteEndpoints" for part in ("volume", "filer", "s3"))], env
+
+    def shell(self, script: str, env: dict[str, str]) -> None:
+        path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+        env = {**os.environ, **env, "PATH": path, "NEAR_MASTER": f"127.0.0.1:{self._ports['master']}"}
+        subprocess.run(["sh", "-euc", script], env=env, check=True, capture_output=True, timeout=60)
+
+
+def test_a_seaweedfs_set_up_as_the_manual_says_asks_the_origin_once_for_all_nodes(
+    s3_server: S3Server, fault_proxy: FaultProxy, data: bytes, blocks: list[Block]
+) -> None:
+    s3_server.create_bucket("tokens")
+    with open_store("s3://tokens/web", **s3_server.storage_options) as store:
+        store.put("a/object", data)
+    recipe = re.search(r"```sh\n(weed shell .*?)```", _MANUAL.read_text(), re.DOTALL)
+    assert recipe is not None
+    # All that goes to the origin goes through the proxy, whoever asks.
+    with open_store("s3://tokens/web", **fault_proxy.storage_options) as origin, _Cluster() as cluster:
+        cluster.shell(recipe[1], fault_proxy.env)
+        fault_proxy.clear_requests()
+        options: dict[str, Any] = {"ram": 0, "near": "s3://near", "near_options": cluster.storage_options}
+        for _ in range(2):  # two nodes: none has a tier
+            with TieredCache(**options, near_timeout_s=30.0) as cache:
+                for block in blocks:
+                    assert cache.get(origin, block) == data[block.start : block.end]
+                assert (cache.stats().near_hits, cache.stats().misses) == (8, 0)
+        asked = [(request.method, request.path, request.bytes_sent) for request in fault_proxy.requests]
+        assert asked == [("GET", "/tokens/web/a/object", len(data))]
+        with TieredCache(**options, near_timeout_s=0.5) as cache:
+            assert cache.get(origin, blocks[0]) == data[:SIZE]
+            os.kill(cluster.pid, signal.SIGKILL)
+            for block in blocks[1:]:
+                assert cache.get(origin, block) == data[block.start : block.end]
+            assert (cache.stats().near_hits, cache.stats().misses) == (1, 7)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"near": ""}, "near must be a URL or an absolute path"),
+        ({"near": "notaurl"}, "near must be a URL or an absolute path, got \"'notaurl'\" (hint"),
+        ({"near": 5}, "near must be a URL or an absolute path"),
+        ({"near_timeout_s": float("inf")}, "near_timeout_s must be"),
+        ({"near_timeout_s": float("nan")}, "near_timeout_s must be"),
+        ({"near_timeout_s": 0}, "near_timeout_s must be"),
+        ({"near_timeout_s": "2"}, "near_timeout_s must be"),
+        ({"near_timeout_s": True}, "near_timeout_s must be"),
+        ({"near_options": 5}, "near_options must be a dict"),
+        ({"near_options": {"keys": "k"}}, "near=s3://cache: no such option, got 'keys'"),
+        ({"near": "s3://user:CANARY@cache"}, "near=s3://cache: credentials do not belong in a URL"),
+    ],
+)
+def test_a_mistake_in_what_it_is_given_is_told_as_it_was_written(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TieredCache(**{"ram": 0, "near": "s3://cache", **given})
+    assert words in str(caught.value)
+    assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "S3", "gs", "gcs", "http", "HTTPS"])
+def test_its_time_out_is_the_policy_of_every_store_that_has_one(scheme: str) -> None:
+    near = Near(f"{scheme}://cache", storage_options={}, timeout_s=0.25)
+    with near._open("s3://bucket/path") as store:
+        assert isinstance(store, RemoteStore)
+        assert (store._policy.timeout_s, store._policy.hedge_share) == (0.25, 0.0)
+    near.close()

@@ -1,11 +1,13 @@
 """The small parts that everything else stands on: sizes, names, coverage, locks, errors of the file system."""
 
 import errno
+import math
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -35,6 +37,18 @@ from stoker.storage.store import is_key, redact_url
 def test_what_is_no_size_is_refused(size: int | str) -> None:
     with pytest.raises(ConfigError, match="here"):
         parse_bytes(size, place="here")
+
+
+@pytest.mark.parametrize(
+    "size", [1.5e9, math.nan, math.inf, True, None, b"1GiB", [1], 2**63, 10**100, "99999999PiB", "9" * 100]
+)
+def test_what_no_machine_can_hold_or_is_neither_text_nor_integer_is_no_size(size: Any) -> None:
+    with pytest.raises(ConfigError, match=r"here: a size .*hint"):
+        parse_bytes(size, place="here")
+
+
+def test_the_largest_size_is_exact() -> None:
+    assert parse_bytes(2**63 - 1) == parse_bytes(str(2**63 - 1)) == 2**63 - 1
 
 
 @given(st.integers(0, 2**60))

@@ -26,7 +26,7 @@ from stoker.errors import (
 from stoker.metrics import counters
 from stoker.storage import ObjectInfo, ObjectStore, _listing, _remote_options, open_store, remote
 from stoker.storage.network import NetworkPolicy
-from stoker.storage.remote import RemoteStore
+from stoker.storage.remote import RemoteStore, RemoteWriter
 from stoker.testing import Fault, FaultProxy, S3Server
 
 MIB = 2**20
@@ -108,13 +108,21 @@ def test_the_aws_variables_are_honoured(s3_server: S3Server, monkeypatch: pytest
         ("s3://bucket", {"key": "k", "secret": 7}, "secret must be text"),
         ("s3://bucket", {"anon": "perhaps"}, "anon must be true or false"),
         ("s3://bucket", {"endpoint_url": "127.0.0.1:8333"}, "endpoint_url must begin with"),
+        ("s3://bucket", {"endpoint_url": "ftp://u:CANARY@host/?sig=CANARY"}, "http:// or https://, got 'ftp://host/'"),
+        ("s3://bucket", {"endpoint_url": "u:CANARY@host"}, "http:// or https://, got 'host'"),
+        ("s3://bucket", {"endpoint_url": "http://u:CANARY@host"}, "do not belong in endpoint_url, got 'http://host'"),
+        ("s3://bucket", {"endpoint_url": 5}, "endpoint_url must be text, got 'int'"),
+        ("s3://bucket", {"network": 5}, "network must be a NetworkPolicy, got 'int'"),
+        ("s3://bucket/a\0b", {}, "no NUL character"),
+        ("https://host/data", {"headers": 5}, "headers must be a dict, got 'int'"),
+        ("s3:/bucket/CANARY", {}, "a URL has :// behind its scheme, got 's3:/...'"),
         ("s3:///prefix", {}, "must name a bucket"),
         ("s3://key:secret@bucket/prefix", {}, "credentials do not belong in a URL"),
         ("s3://bucket/prefix?versionId=3", {}, "no query"),
         ("s3://[bucket", {}, "well formed"),
         ("gs://bucket", {"project": "p"}, "no such option, got 'project'"),
         ("az://container", {"account_name": "a", "connection_string": "c"}, "no such option, got 'connection_string'"),
-        ("az://container", {}, "Account must be specified"),
+        ("az://container", {}, "Account must be specified (hint: pass account_name="),
         ("https://host/data", {"key": "k"}, "no such option, got 'key'"),
     ],
 )
@@ -123,6 +131,7 @@ def test_a_wrong_option_or_url_is_named(url: str, options: dict[str, Any], words
         open_store(url, **options)
     assert words in str(caught.value)
     assert "secret@" not in str(caught.value)
+    assert "CANARY" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/../other", "s3://bucket/a//b", "s3://bucket/./a"])
@@ -172,6 +181,34 @@ def check_all(store: ObjectStore, error: type[StokerError], secrets: tuple[str, 
 def test_a_missing_bucket_is_named_by_every_request(s3_server: S3Server) -> None:
     with open_store("s3://no-such-bucket/prefix", **s3_server.storage_options) as store:
         check_all(store, BucketNotFound)
+
+
+def test_an_object_is_missing_also_where_only_the_bucket_may_not_be_listed(
+    s3_server: S3Server, fault_proxy: FaultProxy
+) -> None:
+    fault_proxy.add(Fault("status", status=403), methods=("GET",), path="list-type")
+    url = s3_server.url("stoker", uuid.uuid4().hex)
+    with (
+        open_store(url, **fault_proxy.storage_options) as store,
+        pytest.raises(KeyNotFound, match="/missing: no such object"),
+    ):
+        store.head("missing")
+    assert sum("list-type" in request.path for request in fault_proxy.requests) == 1
+
+
+def test_looking_for_the_bucket_of_a_missing_object_ends_by_the_deadline_of_the_call(
+    s3_server: S3Server, fault_proxy: FaultProxy
+) -> None:
+    fault_proxy.add(Fault("status", status=503), methods=("GET",), path="list-type")
+    policy = NetworkPolicy(timeout_s=0.5)
+    url = s3_server.url("stoker", uuid.uuid4().hex)
+    with (
+        open_store(url, network=policy, **fault_proxy.storage_options) as store,
+        pytest.raises(StoreUnavailable, match="/missing: the store must answer"),
+    ):
+        store.head("missing")
+    asked = [request.method for request in fault_proxy.requests]
+    assert asked.count("HEAD") == asked.count("GET") > 0  # each try is a whole one, by the one policy
 
 
 @pytest.mark.parametrize("wrong", ["key", "secret"])
@@ -290,6 +327,34 @@ def test_a_writer_that_failed_stays_failed(s3_server: S3Server) -> None:
 
 
 # --- uploads --------------------------------------------------------------------------------------------------------
+
+
+def test_a_piece_that_comes_just_when_nothing_more_was_found_is_sent(s3_server: S3Server) -> None:
+    content = os.urandom(2 << 20)
+    found_nothing: list[int] = []
+
+    class Pieces(dict[int, memoryview]):
+        def pop(self, offset: int, *default: Any) -> Any:
+            piece = super().pop(offset, *default)
+            if piece is None:
+                found_nothing.append(offset)
+            return piece
+
+    class Lock(threading.Condition):
+        def __exit__(self, *exc_info: object) -> None:
+            super().__exit__(*exc_info)  # type: ignore[arg-type]
+            if found_nothing == [1 << 20]:
+                found_nothing.append(0)
+                writer.write_at(1 << 20, content[1 << 20 :])  # what another thread may do now
+
+    with open_store(s3_server.url("stoker", uuid.uuid4().hex), **s3_server.storage_options) as store:
+        with store.open_writer("object", len(content)) as writer:
+            assert isinstance(writer, RemoteWriter)
+            writer._waiting, writer._lock = Pieces(), Lock()
+            writer.write_at(0, content[: 1 << 20])
+            assert len(found_nothing) > 1
+            writer.commit()
+        assert bytes(store.get("object")) == content
 
 
 def test_an_aborted_upload_leaves_no_parts_behind(s3_server: S3Server) -> None:

@@ -6,14 +6,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
-from stoker.storage import Block, TieredCache, open_store
+from stoker.storage import Block, ObjectStore, TieredCache, _wake, open_store
 from stoker.storage._checksums import crc32c
+from stoker.storage._layout import BlockFile
+from stoker.storage._wake import Wake
+from stoker.storage.tiers import Tier
 from stoker.testing import Fault, FaultProxy, S3Server
 
 SIZE, COUNT = 65_536, 48
@@ -160,3 +165,77 @@ def test_blocks_that_no_tier_keeps_are_not_fetched_one_process_after_another(
         readers = Readers(3, url, memory / "small", data, fault_proxy)
         readers.go()
         assert readers.misses() == [COUNT - 1] * 3
+
+
+class _Held:
+    """A store that says when it is asked, and answers when it is told to."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def get(self, key: str, start: int, end: int) -> memoryview:
+        self.asked.set()
+        assert self.go_on.wait(60)
+        return self._store.get(key, start, end)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_who_waits_for_another_process_is_woken_when_the_block_is_there(
+    tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two caches of one directory exclude each other as two processes do. Without news they would look once a minute.
+    monkeypatch.setattr(_wake, "_LONGEST_S", 60.0)
+    waiting, wait = threading.Event(), Tier.wait_for_news
+
+    def wait_for_news(tier: Tier, file: BlockFile, news: int) -> None:
+        waiting.set()
+        wait(tier, file, news)
+
+    monkeypatch.setattr(Tier, "wait_for_news", wait_for_news)
+    got: list[bytes] = []
+    with (
+        open_store(str(tmp_path / "origin")) as store,
+        TieredCache(ram="1MiB", ram_path=memory / "tier") as first,
+        TieredCache(ram="1MiB", ram_path=memory / "tier") as second,
+    ):
+        store.put("object", b"some tokens")
+        block = Block(key="object", version="1", start=5, end=11, crc32c=crc32c(b"tokens"))
+        held = _Held(store)
+        fetching = threading.Thread(target=lambda: got.append(bytes(first.get(cast(ObjectStore, held), block))))
+        looking = threading.Thread(target=lambda: got.append(bytes(second.get(store, block))))
+        fetching.start()
+        assert held.asked.wait(60)
+        looking.start()
+        assert waiting.wait(60)
+        held.go_on.set()
+        fetching.join()
+        looking.join(30)
+        assert not looking.is_alive()
+        assert (got, second.stats().misses) == ([b"tokens", b"tokens"], 0)
+
+
+def test_news_from_another_process_between_a_look_and_the_sleep_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_wake, "_LONGEST_S", 60.0)
+    path = tmp_path / "file"
+    path.write_bytes(b"state")
+    program = (
+        "import os, sys; from stoker.storage._wake import Wake; "
+        "fd = os.open(sys.argv[1], os.O_RDWR); Wake(fd).tell(fd, 700)"
+    )
+    fd = os.open(path, os.O_RDWR)
+    try:
+        wake = Wake(fd)
+        news = wake.seen(700)
+        subprocess.run([sys.executable, "-c", program, path], check=True)
+        sleeper = threading.Thread(target=wake.wait, args=(700, news))
+        sleeper.start()
+        sleeper.join(30)
+        assert not sleeper.is_alive()
+    finally:
+        os.close(fd)
+    assert path.read_bytes()[:5] == b"state"

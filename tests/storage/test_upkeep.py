@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,6 +44,47 @@ def stoker(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(int(exited.value.code or 0), *capfd.readouterr())
 
     return run
+
+
+def test_a_node_without_a_cache_is_told_so(stoker: Callable[..., Result], tmp_path: Path) -> None:
+    done = stoker("ls", tmp_path / "none")
+    assert (done.code, done.out) == (1, "")
+    assert "no such directory (hint: no job has made a cache there yet" in done.err
+
+
+@pytest.mark.parametrize("arguments", [("ls",), ("ls", "--json"), ("verify", "--json"), ("--help",)])
+def test_output_that_can_not_be_written_is_one_line_and_exit_code_1(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    directory = Node(tmp_path).directory
+    where = [] if arguments == ("--help",) else [str(directory)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stoker.cli", "cache", *arguments, *where],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_no_control_character_of_an_object_s_name_reaches_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stoker: Callable[..., Result]
+) -> None:
+    node = Node(tmp_path)
+    described = CacheDirectory._describe
+
+    def named(self: CacheDirectory, *arguments: Any) -> Any:
+        return replace(described(self, *arguments), object="s3://b/\x1b]0;title\x07\u009b2J\ninjected")
+
+    monkeypatch.setattr(CacheDirectory, "_describe", named)
+    for arguments in (("ls",), ("ls", "--blocks"), ("verify",)):
+        if arguments == ("verify",):
+            damaged = bytearray(node.files()[0].read_bytes())
+            damaged[HEADER] ^= 1
+            node.files()[0].write_bytes(damaged)
+        out = stoker(*arguments, node.directory).out
+        assert "s3://b/\\x1b]0;title\\x07\\x9b2J\\ninjected" in out
+        assert all(c.isprintable() or c == "\n" for c in out)
 
 
 class Node:
