@@ -9,6 +9,7 @@ and it resumes by its state, so that nothing is to be skipped by reading (`ignor
 
 import argparse
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def main() -> None:
     cpu = not torch.accelerator.is_available()
     training = TrainingArguments(
         use_cpu=cpu,
-        ddp_backend="gloo" if cpu else None,
+        ddp_backend="gloo" if cpu and "RANK" in os.environ else None,  # one process alone needs none, and refuses it
         ddp_find_unused_parameters=False,
         per_device_train_batch_size=args.batch_size,
         output_dir=args.output,

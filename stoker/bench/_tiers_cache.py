@@ -144,6 +144,14 @@ def disk_tier_variants(content: Content, origin: ObjectStore, directory: Path) -
             params={"io_threads": DISK_THREADS, "io_bytes": DISK_BYTES},
         ),
         Variant(
+            name="stoker TieredCache, disk",
+            kind="stoker",
+            run=ours,
+            setup=fill,
+            teardown=lambda: shutil.rmtree(tier, ignore_errors=True),
+            params={"io_threads": DISK_THREADS},
+        ),
+        Variant(
             name="read through the page cache, no checks",
             kind="peer",
             run=buffered,
@@ -151,14 +159,6 @@ def disk_tier_variants(content: Content, origin: ObjectStore, directory: Path) -
             teardown=files.remove,
             params={"io_threads": DISK_THREADS},
             notes=("what a block that processes share as mapped pages costs on its way from the disk",),
-        ),
-        Variant(
-            name="stoker TieredCache, disk",
-            kind="stoker",
-            run=ours,
-            setup=fill,
-            teardown=lambda: shutil.rmtree(tier, ignore_errors=True),
-            params={"io_threads": DISK_THREADS},
         ),
     ]
 

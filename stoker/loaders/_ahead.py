@@ -5,10 +5,12 @@ without asking them: order blocks and the positions at which they come up, as fa
 a few microseconds for each block, whatever a block's number of samples.
 """
 
+import _thread
 import logging
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from math import gcd
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,13 +21,13 @@ from numpy.typing import NDArray
 from ..errors import StokerError
 from ..storage.cache import CacheReader
 from ._source import cache_blocks
-from .mixed_order import MixedOrder
+from .mixed_order import MixedOrder, present
 from .order import ENDLESS, OrderV1
 
 if TYPE_CHECKING:
     from ._tables import Tables
 
-__all__ = ["ReadAhead", "SamplesReader", "lanes_of_ranks", "ranks_of_node"]
+__all__ = ["ReadAhead", "SamplesReader", "close_dropped", "lanes_of_ranks", "ranks_of_node"]
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +239,7 @@ class ReadAhead:
         if isinstance(self._order, MixedOrder):
             ids = self._order.ids
             sources = ids.sources(samples)
-            for number in np.flatnonzero(np.bincount(sources)).tolist():
+            for number in present(sources):
                 chosen = np.flatnonzero(sources == number)
                 self._prefetch_of(number, ids.samples(number, samples[chosen]), due_s[chosen])
         else:
@@ -278,7 +280,28 @@ class ReadAhead:
             part.reader.forget()
             part.published = -1
 
+    @property
+    def is_told(self) -> bool:
+        """Whether a cache of this process knows of it."""
+        return bool(self._parts) and self._pid == os.getpid()
+
     def close(self) -> None:
         """Nothing more is read."""
         for part in self._parts:
             part.reader.close()
+
+
+def close_dropped(ahead: ReadAhead) -> None:
+    """Close what a loader leaves that is dropped without a close, soon: for its finalizer."""
+    if ahead.is_told:
+        # Not here: the garbage collector may run in a thread that holds a lock of the cache. And not by `threading`,
+        # which has locks of its own.
+        with suppress(RuntimeError):  # the interpreter ends, and the cache with it
+            _thread.start_new_thread(_close_quietly, (ahead,))
+
+
+def _close_quietly(ahead: ReadAhead) -> None:
+    try:
+        ahead.close()
+    except (StokerError, OSError) as error:
+        logger.debug("the plan of a dropped loader stays: %s", error)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 from ..errors import StateMismatch
+from ._numbers import as_whole, whole
 from ._state import LoaderState
 from .order import SkipRanges
 
@@ -35,18 +36,25 @@ class WorkerPart(NamedTuple):
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self | None:
         """The part that a state was taken in; None for that of a loader in the trainer's process."""
-        part = record.get(_KEY)
-        return None if part is None else cls(*(part[name] for name in cls._fields))
+        if _KEY not in record:
+            return None
+        part = record[_KEY]
+        numbers = [as_whole(part.get(name)) if isinstance(part, Mapping) else None for name in cls._fields]
+        told = [number for number in numbers if number is not None]
+        if len(told) < len(numbers):
+            raise StateMismatch(f"{_KEY} must hold {', '.join(cls._fields)} as whole numbers", value=part, place=_PLACE)
+        return cls(*told)
 
 
 def state_after(state: Mapping[str, Any], delivered: int | None) -> LoaderState:
     """See :meth:`~stoker.loaders.TokenLoader.state_from`."""
+    delivered = None if delivered is None else whole("delivered", delivered, place=_PLACE)
     records = list(_records(state))
     if not records:
-        raise StateMismatch(
-            "must hold the state of a TokenLoader", value=f"a record of {', '.join(map(str, state))}", place=_PLACE
-        )
-    if not all(_KEY in record for record in records):
+        found = f"a record of {', '.join(map(str, state))}" if isinstance(state, Mapping) else type(state).__name__
+        raise StateMismatch("must hold the state of a TokenLoader", value=found, place=_PLACE)
+    parts = [WorkerPart.of(record) for record in records]
+    if None in parts:
         return _from_one_process(LoaderState.from_dict(records[0]), state, delivered)
     handed_out = 0
     if "_snapshot" in state:
@@ -55,7 +63,7 @@ def state_after(state: Mapping[str, Any], delivered: int | None) -> LoaderState:
     record = min(records, key=lambda record: record[_KEY]["base"])
     part = record[_KEY]
     if state.get("_iterator_finished") and delivered is None:
-        position = run_start = part["run_end"]
+        position = run_start = part.get("run_end")
     else:
         steps = handed_out if delivered is None else delivered
         position, run_start = _after(LoaderState.from_dict(record), part["base"], steps), record["run_start"]

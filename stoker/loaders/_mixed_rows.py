@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ._gather import RowGather
 from ._packed import DocumentRows, LocatedRows, RowBorders
 from .dataset import GatherPlan, PackedPlan, TokenDataset
-from .mixed_order import SampleIds
+from .mixed_order import SampleIds, present
 
 __all__ = ["MixedPlan", "MixedRows"]
 
@@ -60,7 +60,7 @@ class MixedRows:
         """Locate the rows of many batches; see :meth:`TokenDataset.plan`."""
         sources = self._ids.sources(samples)
         parts = []
-        for number in np.flatnonzero(np.bincount(sources)).tolist():
+        for number in present(sources):
             places = np.flatnonzero(sources == number)
             dataset = self._datasets[number]
             parts.append(_Part(dataset, dataset.plan(self._ids.samples(number, samples[places])), places))

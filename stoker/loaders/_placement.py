@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch.distributed
 
 from ..errors import ConfigError, UnsupportedError
+from ._numbers import whole
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,8 +40,7 @@ def place_in_group(rank: int | None, world_size: int | None, mesh: "DeviceMesh |
         if distributed and torch.distributed.get_world_size() > 1:
             logger.warning("TokenLoader without rank= and world_size= gives every rank the same rows")
         return 0, 1
-    if world_size < 1:
-        raise ConfigError("world_size must be >= 1", value=world_size, place=_PLACE)
+    rank, world_size = whole("rank", rank, place=_PLACE), whole("world_size", world_size, place=_PLACE, least=1)
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank must be in [0, world_size = {world_size})", value=rank, place=_PLACE)
     return rank, world_size

@@ -35,8 +35,7 @@ class Source(ABC):
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
-        # Zeroed pages that are never touched take no memory: 80 MB of addresses for 2 x 10^13 tokens cost nothing.
-        self.rows = np.zeros(tables.manifest.blocks, np.intp)
+        self.rows = _zeros(tables.manifest.blocks, np.intp)
         self._dtype = np.dtype(tables.manifest.dtype)
 
     @abstractmethod
@@ -77,6 +76,16 @@ class Source(ABC):
         """Let everything go that nobody holds."""
 
 
+def _zeros(count: int, dtype: type) -> NDArray[Any]:
+    """Zeros of which only touched pages take memory: 2 x 10^13 tokens have 80 MB of rows, and few blocks are resident."""
+    # numpy asks for huge pages: 2 MiB to be cleared for each of the far-apart blocks of a shuffle, 0.2 ms and more.
+    memory = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, count)
+
+
 class _Map(NamedTuple):
     memory: mmap.mmap
     tokens: NDArray[Any]  # all tokens of the shard
@@ -89,7 +98,7 @@ class LocalSource(Source):
     def __init__(self, tables: Tables, *, verify: bool) -> None:
         super().__init__(tables)
         self._verify = verify
-        self._checked = np.zeros(tables.manifest.blocks, np.bool_)
+        self._checked = _zeros(tables.manifest.blocks, np.bool_)
         self._stamps: dict[int, tuple[int, int]] = {}
         self._maps: OrderedDict[int, _Map] = OrderedDict()
         self.share(1)
@@ -114,7 +123,7 @@ class LocalSource(Source):
                 self._forget(shard)
 
     def _forget(self, shard: int) -> None:
-        first, end = self.tables.blocks_before[shard : shard + 2]
+        first, end = self.tables.blocks_in(shard)
         self.rows[first:end] = 0
         del self._maps[shard]
 
@@ -125,36 +134,34 @@ class LocalSource(Source):
         self._maps.move_to_end(shard)
         if self._verify:
             self._check(shard, mapped, blocks[~self._checked[blocks]])
-        first_block = int(self.tables.blocks_before[shard])
+        first_block, _ = self.tables.blocks_in(shard)
         self.rows[blocks] = row_index(mapped.tokens) + ((blocks - first_block) << self.tables.block_shift)
 
     def _map(self, shard: int) -> _Map:
-        store, shards = self.tables.store, self.tables.shards
-        key = shard_key(shard)
-        path = store.local_path(key)
+        path = self.tables.store.local_path(shard_key(shard))
         assert path is not None
         with translate_os_errors(str(path)):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 info = os.fstat(fd)
-                check_size(info.st_size, int(shards.file_bytes[shard]), str(path))
+                check_size(info.st_size, int(self.tables.shards.file_bytes[shard]), str(path))
                 memory = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
             finally:
                 os.close(fd)
         stamp = (info.st_ino, info.st_mtime_ns)
         if self._stamps.setdefault(shard, stamp) != stamp:  # another file than the one whose blocks were checked
             self._stamps[shard] = stamp
-            first, end = self.tables.blocks_before[shard : shard + 2]
+            first, end = self.tables.blocks_in(shard)
             self._checked[first:end] = False
-        count = int(shards.tokens_before[shard + 1] - shards.tokens_before[shard])
-        tokens = np.frombuffer(memory, self._dtype, count, int(shards.tokens_start[shard]))
+        start, end = self.tables.bytes_in(shard)
+        tokens = np.frombuffer(memory, self._dtype, (end - start) // self._dtype.itemsize, start)
         return _Map(memory, tokens, stamp)
 
     def _check(self, shard: int, mapped: _Map, blocks: NDArray[np.int64]) -> None:
         if not blocks.size:
             return
         rows = self.tables.blocks(shard)
-        first_block = int(self.tables.blocks_before[shard])
+        first_block, _ = self.tables.blocks_in(shard)
         ranges = [self.tables.byte_range(shard, int(block)) for block in blocks]
         for start, end in ranges:  # the disk works on all of them while the first is being checked
             page = start - start % mmap.PAGESIZE
@@ -175,7 +182,7 @@ class LocalSource(Source):
 
     def tokens(self, block: int) -> NDArray[Any]:
         shard = self.tables.shard_of(block)
-        first = (block - int(self.tables.blocks_before[shard])) << self.tables.block_shift
+        first = (block - self.tables.blocks_in(shard)[0]) << self.tables.block_shift
         return self._maps[shard].tokens[first : first + self.tables.manifest.block_tokens]
 
     def prefetch(self, blocks: NDArray[np.int64]) -> None:
@@ -262,16 +269,23 @@ def cache_blocks(tables: Tables, blocks: NDArray[np.int64]) -> Iterator[Block]:
     """What the cache knows blocks of a data set as, in the order of `blocks`."""
     shards = tables.shard_of_block(blocks).tolist()
     tables.preload(sorted(set(shards)))
+    version = tables.manifest.shards_table.sha256  # over the digests of all data files
+    size_bytes = tables.manifest.block_bytes
+    known: dict[
+        int, tuple[str, int, int, int, NDArray[np.uint32]]
+    ] = {}  # a plan names hundreds of blocks between two batches
     for block, shard in zip(blocks.tolist(), shards, strict=True):
-        start, end = tables.byte_range(shard, block)
-        crc = tables.blocks(shard).crc32c[block - int(tables.blocks_before[shard])]
-        yield Block(
-            key=shard_key(shard),
-            version=tables.shards.sha256[shard].tobytes().hex(),
-            start=start,
-            end=end,
-            crc32c=int(crc),
-        )
+        if shard not in known:
+            known[shard] = (
+                shard_key(shard),
+                tables.blocks_in(shard)[0],
+                *tables.bytes_in(shard),
+                tables.blocks(shard).crc32c,
+            )
+        key, first, begin, stop, crcs = known[shard]
+        start = begin + (block - first) * size_bytes
+        end = min(start + size_bytes, stop)
+        yield Block(key=key, version=version, start=start, end=end, crc32c=int(crcs[block - first]))
 
 
 def check_size(found: int, expected: int, place: str) -> None:

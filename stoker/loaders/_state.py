@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Self
 
-from ..errors import StateMismatch, UnknownVersion
-from .order import SkipRanges
+from ..errors import ConfigError, StateMismatch, UnknownVersion
+from ._numbers import as_whole
+from .order import ENDLESS, SkipRanges
 
 __all__ = ["STATE_VERSION", "LoaderState"]
 
@@ -73,6 +74,10 @@ class LoaderState:
             UnknownVersion: written by a newer version.
             StateMismatch: no state of a loader, an empty one included.
         """
+        if not isinstance(record, Mapping):
+            raise StateMismatch(
+                "must be what TokenLoader.state_dict() returned", value=type(record).__name__, place=_PLACE
+            )
         version = record.get("version")
         if isinstance(version, int) and version > STATE_VERSION:
             raise UnknownVersion(
@@ -90,12 +95,10 @@ class LoaderState:
                 place=_PLACE,
                 hint="a lost state would start the data anew in silence, so it is refused",
             )
-        for name, wanted in types.items():
-            if name != "skip" and type(record[name]) is not wanted:
-                raise StateMismatch(f"{name} must be of type {wanted.__name__}", value=record[name], place=_PLACE)
-        if not 0 <= record["run_start"] <= record["position"]:
+        record = {name: _typed(name, record[name], wanted) for name, wanted in types.items()}
+        if not 0 <= record["run_start"] <= record["position"] < ENDLESS:
             raise StateMismatch(
-                "0 <= run_start <= position must hold",
+                "0 <= run_start <= position < 2^62 must hold",
                 value=f"{record['run_start']} and {record['position']}",
                 place=_PLACE,
             )
@@ -103,7 +106,10 @@ class LoaderState:
             _require_pairs("sources", record["sources"].values(), str, str)
             _require_pairs("segments", record["segments"], int, str)
         values = {name: record[name] for name in {**_ORDER, **_PROGRESS}}
-        values["skip"] = SkipRanges(values["skip"]).ranges
+        try:
+            values["skip"] = SkipRanges(values["skip"]).ranges
+        except ConfigError as error:
+            raise StateMismatch(error.rule, value=error.value, place=_PLACE) from error
         return cls(content={name: record[name] for name in content}, **values)
 
     def require_same_stream(self, here: "LoaderState") -> None:
@@ -136,6 +142,14 @@ class LoaderState:
                 place=_PLACE,
                 hint=f"{hint}; weights may change from position {self.position} on" if self.is_mixture else hint,
             )
+
+
+def _typed(name: str, value: Any, wanted: type) -> Any:
+    """A value of its type; whole numbers of any kind as Python's, because earlier versions kept those of numpy."""
+    typed = as_whole(value) if wanted is int else value
+    if not isinstance(typed, (list, tuple) if wanted is list else wanted):
+        raise StateMismatch(f"{name} must be of type {wanted.__name__}", value=value, place=_PLACE)
+    return typed
 
 
 def _require_pairs(name: str, pairs: Iterable[Any], *types: type) -> None:

@@ -25,7 +25,10 @@ from .format import (
     BlockTable,
     Fingerprint,
     Manifest,
-    TableInfo,
+    ShardDocuments,
+    ShardsInfo,
+    ShardTable,
+    packed_offsets,
 )
 
 __all__ = ["write_tables"]
@@ -39,7 +42,7 @@ def write_tables(store: ObjectStore, options: WriterOptions, records: Sequence[S
     tokens_before = np.cumsum([0] + [record.tokens for record in records])
     documents_before = np.cumsum([0] + [record.documents for record in records])
     fingerprint = Fingerprint()
-    rows: list[dict[str, Any]] = []
+    slices: list[tuple[int, int, int, int]] = []
     last_start = 0
     with (
         _open_table(store, BLOCKS_KEY, BLOCKS_SCHEMA, num_blocks) as blocks_file,
@@ -62,21 +65,15 @@ def write_tables(store: ObjectStore, options: WriterOptions, records: Sequence[S
             fingerprint.update(blocks.crc32c, lengths)
             _write(blocks_file, BLOCKS_SCHEMA, blocks)
             _write(lengths_file, LENGTHS_SCHEMA, [lengths])
-            rows.append(
-                {
-                    "documents_before": int(documents_before[number]),
-                    "tokens_before": int(tokens_before[number]),
-                    "continued": record.continued,
-                    "file_bytes": record.file_bytes,
-                    "sha256": bytes.fromhex(record.sha256),
-                    "tokens_start": record.tokens_start,
-                    "blocks_start": blocks_file.offset_of(blocks.crc32c),
-                    "blocks_crc32c": crc32c(_body(blocks)),
-                    "lengths_start": lengths_file.offset_of(lengths),
-                    "lengths_crc32c": crc32c(lengths.tobytes()),
-                }
-            )
             _check_layout(blocks_file, blocks)
+            slices.append(
+                (
+                    blocks_file.offset_of(blocks.crc32c),
+                    crc32c(_body(blocks)),
+                    lengths_file.offset_of(lengths),
+                    crc32c(lengths.tobytes()),
+                )
+            )
         blocks_table, lengths_table = blocks_file.commit(), lengths_file.commit()
     documents, tokens = int(documents_before[-1]), int(tokens_before[-1])
     return Manifest(
@@ -89,7 +86,7 @@ def write_tables(store: ObjectStore, options: WriterOptions, records: Sequence[S
         blocks=sum(num_blocks),
         block_tokens=options.block_tokens,
         order_blocks=1,
-        shards_table=_write_shards(store, rows),
+        shards_table=_write_shards(store, records, tokens_before[:-1], documents_before[:-1], slices),
         blocks_table=blocks_table,
         lengths_table=lengths_table,
         fingerprint=fingerprint.hexdigest(
@@ -117,21 +114,52 @@ def _write(file: ArrowFile, schema: pa.Schema, columns: Iterable[NDArray[Any]]) 
     file.write(pa.record_batch([column(array) for array in columns], schema=schema))
 
 
-def _write_shards(store: ObjectStore, rows: list[dict[str, Any]]) -> TableInfo:
-    batch = pa.RecordBatch.from_pylist(rows, schema=SHARDS_SCHEMA)
+def _write_shards(
+    store: ObjectStore,
+    records: Sequence[ShardRecord],
+    tokens_before: NDArray[np.int64],
+    documents_before: NDArray[np.int64],
+    slices: Sequence[tuple[int, int, int, int]],
+) -> ShardsInfo:
+    blocks_start, blocks_crc32c, lengths_start, lengths_crc32c = (list(part) for part in zip(*slices, strict=True))
+    places = ShardTable(
+        tokens_before=tokens_before,
+        tokens_start=np.array([record.tokens_start for record in records], np.int64),
+        file_bytes=np.array([record.file_bytes for record in records], np.int64),
+        blocks_start=np.array(blocks_start, np.int64),
+        blocks_crc32c=np.array(blocks_crc32c, np.uint32),
+    )
+    documents = ShardDocuments(
+        documents_before=documents_before,
+        lengths_start=np.array(lengths_start, np.int64),
+        lengths_crc32c=np.array(lengths_crc32c, np.uint32),
+    )
+    digests = pa.array([bytes.fromhex(record.sha256) for record in records], pa.binary(32))
+    continued = pa.array([record.continued for record in records])
+    numbers = [column(array) for array in (*places, *documents)]
+    batch = pa.record_batch([*numbers, continued, digests], schema=SHARDS_SCHEMA)
     with ArrowFile(store, SHARDS_KEY, SHARDS_SCHEMA, measure(SHARDS_SCHEMA, [batch])) as file:
         file.write(batch)
-        return file.commit()
+        for part in (places, documents):
+            _check_layout(file, part)
+        table = file.commit()
+    return ShardsInfo(
+        *table,
+        places_start=file.offset_of(places.tokens_before),
+        places_crc32c=crc32c(_body(places)),
+        documents_start=file.offset_of(documents.documents_before),
+        documents_crc32c=crc32c(_body(documents)),
+    )
 
 
-def _body(blocks: BlockTable) -> bytes:
-    """A record batch of ``blocks.arrow`` as it stands in the file."""
-    return b"".join(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0") for array in blocks)
+def _body(columns: Sequence[NDArray[Any]]) -> bytes:
+    """Consecutive columns of a record batch as they stand in the file."""
+    return b"".join(array.tobytes().ljust(-(-array.nbytes // 8) * 8, b"\0") for array in columns)
 
 
-def _check_layout(file: ArrowFile, blocks: BlockTable) -> None:
+def _check_layout(file: ArrowFile, columns: Sequence[NDArray[Any]]) -> None:
     # Readers compute the places of the columns. An Arrow that pads in another way must fail here, not there.
-    start = file.offset_of(blocks.crc32c)
-    found = [file.offset_of(array) - start for array in blocks]
-    expected = list(BlockTable.offsets(len(blocks.crc32c))[:4])
+    start = file.offset_of(columns[0])
+    found = [file.offset_of(array) - start for array in columns]
+    expected = list(packed_offsets([array.dtype.str for array in columns], len(columns[0]))[:-1])
     assert found == expected, f"Arrow must pad columns to 8 bytes: {found} is not {expected}"

@@ -29,17 +29,21 @@ def plan(
         int | None, typer.Option(help="Rows of a step, of all ranks: show how many bytes the nodes read with it.")
     ] = None,
     lanes: Annotated[int, typer.Option(help="Of the order; with --global-batch.")] = 48,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sample; with --global-batch: show how often blocks are fetched.")
+    ] = None,
+    block_tokens: Annotated[int, typer.Option(help="Of the data set; with --seq-len.")] = 1 << 21,
     json: JsonFlag = False,
 ) -> None:
     """Show what a job's nodes would read, or how often a cache would hit. Reads no data.
 
     With --global-batch: the bytes that all nodes read for each byte of the data set, and a batch near it that reads
-    least. With --simulate, in some seconds: hit rates by the plan, keeping a fixed part (pin), SIEVE and LRU; for one
+    least; with --seq-len too, how often a block is fetched in an epoch where no cache holds it. With --simulate, in some seconds: hit rates by the plan, keeping a fixed part (pin), SIEVE and LRU; for one
     node in a scan, shuffled, and with a mixture at unequal rates; for several nodes with fixed lanes, and with blocks
     dealt to lanes anew each epoch.
 
     \b
-    stoker plan --global-batch 480 --nodes 5
+    stoker plan --global-batch 480 --nodes 5 --seq-len 1536
     stoker plan --simulate
     stoker plan --simulate --nodes 16 --capacity 0.3 --json
     """
@@ -48,7 +52,9 @@ def plan(
     if global_batch is not None:
         from .locality import locality
 
-        split = locality(nodes=nodes, global_batch=global_batch, lanes=lanes)
+        split = locality(
+            nodes=nodes, global_batch=global_batch, lanes=lanes, seq_len=seq_len, block_tokens=block_tokens
+        )
         emit(split.to_json(), split.to_text(), as_json=json)
         return
     from .simulate import CAPACITIES, POLICIES, SCENES, Workload

@@ -413,11 +413,16 @@ def _opened(
             for name, url in urls.items()
         }
         if plan is None:
-            yield datasets[""], {"url": datasets[""].url, "fingerprint": datasets[""].fingerprint}
+            yield datasets[""], _identity(datasets[""])
             return
         mixed = plan.mix(datasets)
-        sources = {name: {"url": d.url, "fingerprint": d.fingerprint} for name, d in datasets.items()}
+        sources = {name: _identity(dataset) for name, dataset in datasets.items()}
         yield mixed, {"url": str(file), "fingerprint": mixed.fingerprint, "sources": sources}
+
+
+def _identity(dataset: "TokenDataset") -> dict[str, Any]:
+    # The store's URL, as inspect and verify tell it: a plain path is absolute there.
+    return {"url": dataset._tables.store.url, "fingerprint": dataset.fingerprint}
 
 
 def _packing_of(name: str) -> str:

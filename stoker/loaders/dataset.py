@@ -20,6 +20,7 @@ from ..storage.store import ObjectStore, redact_url
 from ..storage.urls import open_store
 from ._ahead import SamplesReader
 from ._gather import RowGather, row_index
+from ._numbers import whole
 from ._packed import DocumentRows, Located, LocatedRows, PackedRows, PackingReport, PieceGather, RowBorders
 from ._source import CachedSource, LocalSource, Source
 from ._tables import Span, Tables
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 Packing: TypeAlias = Literal["concat", "best_fit", "pad"] | BestFit | Pad
 Labels = Literal["shifted", "same"]
 
+_BLOCKS_LOOKED_AT = 1 << 14  # order blocks begin at the same places within a block after 2 * seq_len of them
 _ROWS_LOCATED = 512  # with borders, in one call: locating 16 rows costs 80 us, 512 rows 400
 
 _default_cache: TieredCache | None = None
@@ -173,8 +175,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         storage_options: Mapping[str, Any] | None = None,
         verify: bool = True,
     ) -> None:
-        if seq_len < 1:
-            raise ConfigError("seq_len must be >= 1", value=seq_len, place="TokenDataset")
+        seq_len = whole("seq_len", seq_len, place="TokenDataset", least=1)
         packer = resolve(packing, "TokenDataset")
         if labels not in get_args(Labels):
             raise ConfigError(
@@ -193,10 +194,10 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
         self.url = redact_url(str(url))
         self.seq_len = seq_len
         self.labels: Labels = labels
-        self._tables = Tables.open(self._open_store())
-        self.manifest: Manifest = self._tables.manifest
         self.packing = packer.name
         self.documents = documents or not isinstance(packer, Concat)
+        self._tables = Tables.open(self._open_store(), documents=self.documents, preload=True)
+        self.manifest: Manifest = self._tables.manifest
         self._packed = PackedRows(self._tables, packer, seq_len=seq_len) if self.documents else None
         self._length = (self.manifest.tokens - 1) // seq_len if self._packed is None else self._packed.rows
         if not self._length:
@@ -240,7 +241,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
     @property
     def is_local(self) -> bool:
         """Whether blocks are mapped in place, without a cache."""
-        return self._tables.store.local_path("x") is not None
+        return self._tables.is_local
 
     def __len__(self) -> int:
         return self._length
@@ -253,11 +254,12 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
         """Several samples by one gather; the tensors are views of two fresh arrays."""
-        wanted = np.asarray(indices, np.int64)
-        wanted = np.where(wanted < 0, wanted + self._length, wanted)
-        if ((wanted < 0) | (wanted >= self._length)).any():
+        numbers = [whole("a sample index", index, place=self.url) for index in indices]
+        numbers = [number + self._length if number < 0 else number for number in numbers]
+        if not all(0 <= number < self._length for number in numbers):
             # The builtin, because iteration over a sequence ends with it.
             raise IndexError(f"{self.url}: sample index must be in [0, {self._length}), got {list(indices)}")
+        wanted = np.array(numbers, np.int64)
         if self._packed is not None:
             arrays = DocumentRows.empty(len(wanted), self.seq_len)
             self.gather_documents(self.plan(wanted), 0, len(wanted), arrays)
@@ -440,9 +442,14 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             return None
         with self._locked_source() as source:
             capacity_bytes = source.cache_bytes()
+        blocks = -(-self._length // self.samples_per_block)
+        first, last = self.blocks_of(np.arange(min(blocks, _BLOCKS_LOOKED_AT)))
         return CacheRoom(
-            blocks=-(-self._length // self.samples_per_block),
-            block_bytes=self.manifest.order_blocks * self.manifest.block_bytes,
+            place=self.url,
+            seq_len=self.seq_len,
+            blocks=blocks,
+            block_bytes=int((last - first + 1).mean() * self.manifest.block_bytes),
+            data_bytes=self.manifest.blocks * self.manifest.block_bytes,
             capacity_bytes=capacity_bytes or 0,
         )
 
@@ -501,7 +508,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             if self._source is not None:
                 self._source.close()
                 self._source = None
-            self._tables.store.close()
+            self._tables.close()
 
     def __enter__(self) -> Self:
         return self
@@ -522,7 +529,7 @@ class TokenDataset(Dataset[dict[str, torch.Tensor]]):
             if self._packed is not None:
                 self._packed.renew_after_fork()
             if not self.is_local:
-                self._tables = Tables(self._open_store(), self.manifest, self._tables.shards)
+                self._tables = self._tables.reopened(self._open_store())
 
     def _open_source(self) -> Source:
         if self._closed:

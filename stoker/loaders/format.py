@@ -3,7 +3,7 @@
 ::
 
     manifest.json          the only truth, created last and exclusively: totals, geometry, digests of the tables
-    shards.arrow           one row per shard: what stands before it, its file's digest, where its slices of tables are
+    shards.arrow           one row per shard: what stands before it, where its slices of tables are, its file's digest
     blocks.arrow           one row per block of 2^k tokens, one record batch per shard
     lengths.arrow          one row per document, one record batch per shard: the shard in which the document starts
     data/{n:08d}.arrow     the tokens: column input_ids, one row one document, one record batch
@@ -13,7 +13,9 @@ Everything here is pure: bytes in, values out. Integers are little-endian, as Ar
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast, get_args
 
 import numpy as np
@@ -32,7 +34,10 @@ __all__ = [
     "SHARDS_KEY",
     "BlockTable",
     "Manifest",
+    "ShardDocuments",
+    "ShardFiles",
     "ShardTable",
+    "ShardsInfo",
     "TableInfo",
     "TokenDtype",
     "shard_key",
@@ -84,17 +89,18 @@ def _table_schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in columns.items()], metadata=_MARK)
 
 
+# In three parts: what opening a set reads, what the borders of documents take, what only a full check needs.
 SHARDS_SCHEMA = _table_schema(
-    documents_before=pa.int64(),
     tokens_before=pa.int64(),
-    continued=pa.bool_(),
-    file_bytes=pa.int64(),
-    sha256=pa.binary(32),
     tokens_start=pa.int64(),
+    file_bytes=pa.int64(),
     blocks_start=pa.int64(),
     blocks_crc32c=pa.uint32(),
+    documents_before=pa.int64(),
     lengths_start=pa.int64(),
     lengths_crc32c=pa.uint32(),
+    continued=pa.bool_(),
+    sha256=pa.binary(32),
 )
 BLOCKS_SCHEMA = _table_schema(
     crc32c=pa.uint32(), first_token=pa.uint32(), first_doc=pa.int64(), first_doc_offset=pa.int64()
@@ -107,6 +113,23 @@ class TableInfo(NamedTuple):
 
     bytes: int
     sha256: str
+
+
+class ShardsInfo(NamedTuple):
+    """What the manifest says of ``shards.arrow``, two parts of which are read and checked by themselves.
+
+    Attributes:
+        bytes, sha256: of the file, as in :class:`TableInfo`.
+        places_start, places_crc32c: byte offset and checksum of the columns of :class:`ShardTable`.
+        documents_start, documents_crc32c: the same for those of :class:`ShardDocuments`.
+    """
+
+    bytes: int
+    sha256: str
+    places_start: int
+    places_crc32c: int
+    documents_start: int
+    documents_crc32c: int
 
 
 class Fingerprint:
@@ -153,7 +176,7 @@ class Manifest:
     blocks: int
     block_tokens: int
     order_blocks: int
-    shards_table: TableInfo
+    shards_table: ShardsInfo
     blocks_table: TableInfo
     lengths_table: TableInfo
     fingerprint: str
@@ -173,7 +196,7 @@ class Manifest:
         body: dict[str, Any] = {"format": FORMAT, "version": MAJOR}
         for field in fields(self):
             value = getattr(self, field.name)
-            body[field.name] = value._asdict() if isinstance(value, TableInfo) else value
+            body[field.name] = value._asdict() if isinstance(value, TableInfo | ShardsInfo) else value
         return json.dumps({**body, "sha256": _self_digest(body)}, indent=1).encode() + b"\n"
 
     @classmethod
@@ -210,10 +233,10 @@ class Manifest:
                 value=", ".join(sorted(set(body) ^ names)),
                 place=place,
             )
-        for name in ("shards_table", "blocks_table", "lengths_table"):
-            if not isinstance(body[name], dict) or set(body[name]) != set(TableInfo._fields):
-                raise FormatError(f"{name} must have bytes and sha256", value=str(body[name]), place=place)
-            body[name] = TableInfo(**body[name])
+        for name, kind in (("shards_table", ShardsInfo), ("blocks_table", TableInfo), ("lengths_table", TableInfo)):
+            if not isinstance(body[name], dict) or set(body[name]) != set(kind._fields):
+                raise FormatError(f"{name} must have {' and '.join(kind._fields)}", value=str(body[name]), place=place)
+            body[name] = kind(**body[name])
         manifest = cls(**body)
         manifest._check(place)
         return manifest
@@ -226,79 +249,145 @@ class Manifest:
             or not all(isinstance(count, int) and count > 0 for count in counts)
             or self.block_tokens & (self.block_tokens - 1)
             or self.blocks != -(-self.tokens // self.block_tokens)
+            or not self._parts_fit()
         ):
             raise FormatError("the manifest's numbers must fit together", value=str(counts), place=place)
+
+    def _parts_fit(self) -> bool:
+        info = self.shards_table
+        numbers = (info.bytes, info.places_start, info.documents_start)
+        return (
+            all(isinstance(number, int) for number in numbers)
+            and info.places_start >= 0
+            and info.places_start + ShardTable.size_bytes(self.shards) <= info.documents_start
+            and info.documents_start + ShardDocuments.size_bytes(self.shards) <= info.bytes
+        )
 
 
 def _self_digest(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardTable:
-    """``shards.arrow`` in memory. Arrays have one entry per shard; the two `*_before` one more, the total.
+def packed_offsets(kinds: Sequence[str], rows: int) -> tuple[int, ...]:
+    """Where columns start in the body of a record batch, and where the last one ends: Arrow pads each to 8 bytes.
+
+    >>> packed_offsets(("<u4", "<i8"), 3)
+    (0, 16, 40)
+    """
+    ends = accumulate(-(-rows * np.dtype(kind).itemsize // 8) * 8 for kind in kinds)
+    return (0, *ends)
+
+
+def _unpacked(data: Buffer, kinds: Sequence[str], rows: int) -> list[NDArray[Any]]:
+    starts = packed_offsets(kinds, rows)[:-1]
+    return [np.frombuffer(data, kind, rows, start) for kind, start in zip(kinds, starts, strict=True)]
+
+
+class ShardTable(NamedTuple):
+    """Of ``shards.arrow``, what opening a data set reads: where tokens are. Arrays have one entry per shard.
 
     Attributes:
-        documents_before: documents that start in earlier shards. tokens_before: tokens in earlier shards.
-        continued: whether the first row goes on with a document of the shard before.
-        file_bytes, sha256: size and digest of the data file; digests are rows of 32 bytes.
+        tokens_before: tokens in earlier shards.
         tokens_start: byte offset of the first token in the data file; the tokens follow without a gap.
+        file_bytes: size of the data file.
         blocks_start, blocks_crc32c: where the shard's rows stand in ``blocks.arrow``, and their checksum.
-        lengths_start, lengths_crc32c: the same for ``lengths.arrow``.
     """
 
-    documents_before: NDArray[np.int64]
     tokens_before: NDArray[np.int64]
-    continued: NDArray[np.bool_]
-    file_bytes: NDArray[np.int64]
-    sha256: NDArray[np.uint8]
     tokens_start: NDArray[np.int64]
+    file_bytes: NDArray[np.int64]
     blocks_start: NDArray[np.int64]
     blocks_crc32c: NDArray[np.uint32]
-    lengths_start: NDArray[np.int64]
-    lengths_crc32c: NDArray[np.uint32]
+
+    @staticmethod
+    def size_bytes(shards: int) -> int:
+        """Of the columns, as they stand in the file."""
+        return packed_offsets(_SHARD_KINDS, shards)[-1]
 
     @classmethod
     def decode(cls, data: Buffer, manifest: Manifest, place: str) -> Self:
-        """Parse the table and check it against its digest and the totals of the manifest.
+        """The columns, as views of `data`, which has been checked.
+
+        Raises:
+            FormatError: numbers that don't fit together.
+        """
+        table = cls(*_unpacked(data, _SHARD_KINDS, manifest.shards))
+        # All that a search needs to be right. What is read of one shard is looked at when it is.
+        before = table.tokens_before
+        if (
+            before[0] != 0
+            or before[-1] >= manifest.tokens
+            or int(np.bitwise_or.reduce(before)) & (manifest.block_tokens - 1)
+            or not (before[1:] > before[:-1]).all()
+        ):
+            raise FormatError("the shard table must fit the manifest", value=f"{len(before)} shards", place=place)
+        return table
+
+
+class ShardDocuments(NamedTuple):
+    """Of ``shards.arrow``, what the borders of documents take. Arrays have one entry per shard.
+
+    Attributes:
+        documents_before: documents that start in earlier shards.
+        lengths_start, lengths_crc32c: where the shard's rows stand in ``lengths.arrow``, and their checksum.
+    """
+
+    documents_before: NDArray[np.int64]
+    lengths_start: NDArray[np.int64]
+    lengths_crc32c: NDArray[np.uint32]
+
+    @staticmethod
+    def size_bytes(shards: int) -> int:
+        """Of the columns, as they stand in the file."""
+        return packed_offsets(_DOCUMENT_KINDS, shards)[-1]
+
+    @classmethod
+    def decode(cls, data: Buffer, manifest: Manifest, place: str) -> Self:
+        """The columns, as views of `data`, which has been checked.
+
+        Raises:
+            FormatError: numbers that don't fit together.
+        """
+        table = cls(*_unpacked(data, _DOCUMENT_KINDS, manifest.shards))
+        before = table.documents_before
+        if before[0] != 0 or before[-1] > manifest.documents or (before[1:] < before[:-1]).any():
+            raise FormatError("the shard table must fit the manifest", value=f"{len(before)} shards", place=place)
+        return table
+
+
+class ShardFiles(NamedTuple):
+    """Of ``shards.arrow``, what only a check of whole data files needs. Arrays have one entry per shard.
+
+    Attributes:
+        continued: whether the first row goes on with a document of the shard before.
+        sha256: digest of the data file; rows of 32 bytes.
+    """
+
+    continued: NDArray[np.bool_]
+    sha256: NDArray[np.uint8]
+
+    @classmethod
+    def decode(cls, data: Buffer, manifest: Manifest, place: str) -> Self:
+        """From the whole file, which is checked.
 
         Raises:
             CorruptRecord: damaged.
-            FormatError: another schema, or numbers that don't fit together.
+            FormatError: another schema.
         """
         check_digest(data, manifest.shards_table, place)
         table = read_arrow(data, SHARDS_SCHEMA, place)
-        columns = {
-            name: table.column(name).to_numpy() for name in SHARDS_SCHEMA.names if name not in ("sha256", "continued")
-        }
-        for name, total in (("documents_before", manifest.documents), ("tokens_before", manifest.tokens)):
-            columns[name] = np.append(columns[name], np.int64(total))
+        if table.num_rows != manifest.shards:
+            raise FormatError(f"the table must have {manifest.shards} rows", value=table.num_rows, place=place)
         digests: Any = table.column("sha256").chunk(0)
-        shards = cls(
-            continued=table.column("continued").to_numpy(),
-            sha256=np.frombuffer(digests.buffers()[1], np.uint8, 32 * len(digests)).reshape(-1, 32),
-            **columns,
+        return cls(
+            table.column("continued").to_numpy(),
+            np.frombuffer(digests.buffers()[1], np.uint8, 32 * len(digests)).reshape(-1, 32),
         )
-        shards._check(manifest, place)
-        return shards
 
-    def _check(self, manifest: Manifest, place: str) -> None:
-        tokens = np.diff(self.tokens_before)
-        if (
-            len(self.sha256) != manifest.shards
-            or self.tokens_before[0] != 0
-            or self.documents_before[0] != 0
-            or (tokens <= 0).any()
-            or (np.diff(self.documents_before) < 0).any()
-            or (tokens[:-1] % manifest.block_tokens).any()
-            or (self.tokens_start < 0).any()
-            or (self.tokens_start % 8).any()
-            or (self.tokens_start + tokens * manifest.itemsize > self.file_bytes).any()
-        ):
-            raise FormatError("the shard table must fit the manifest", value=f"{len(self.sha256)} shards", place=place)
 
-    def __len__(self) -> int:
-        return len(self.sha256)
+_SHARD_KINDS = ("<i8", "<i8", "<i8", "<i8", "<u4")
+_DOCUMENT_KINDS = ("<i8", "<i8", "<u4")
+_BLOCK_KINDS = ("<u4", "<u4", "<i8", "<i8")
 
 
 class BlockTable(NamedTuple):
@@ -316,26 +405,21 @@ class BlockTable(NamedTuple):
     first_doc_offset: NDArray[np.int64]
 
     @staticmethod
-    def offsets(num_blocks: int) -> tuple[int, int, int, int, int]:
-        """Where the four columns start in a shard's record batch, and where it ends: Arrow pads columns to 8 bytes.
+    def size_bytes(num_blocks: int) -> int:
+        """Of a shard's rows, as they stand in the file.
 
-        >>> BlockTable.offsets(3)
-        (0, 16, 32, 56, 80)
+        >>> BlockTable.size_bytes(3)
+        80
         """
-        narrow, wide = -(-num_blocks * 4 // 8) * 8, num_blocks * 8
-        return 0, narrow, 2 * narrow, 2 * narrow + wide, 2 * narrow + 2 * wide
+        return packed_offsets(_BLOCK_KINDS, num_blocks)[-1]
 
     @classmethod
     def decode(cls, data: Buffer, num_blocks: int) -> Self:
         """The columns of one record batch body, as views of `data`."""
-        starts = cls.offsets(num_blocks)
-        kinds = ("<u4", "<u4", "<i8", "<i8")
-        return cls(
-            *(np.frombuffer(data, kind, num_blocks, start) for kind, start in zip(kinds, starts[:4], strict=True))
-        )
+        return cls(*_unpacked(data, _BLOCK_KINDS, num_blocks))
 
 
-def check_digest(data: Buffer, info: TableInfo, place: str) -> None:
+def check_digest(data: Buffer, info: TableInfo | ShardsInfo, place: str) -> None:
     """Raise CorruptRecord unless `data` is the table that the manifest means."""
     if len(data) != info.bytes:
         raise CorruptRecord(f"the table must have {info.bytes} bytes", value=len(data), place=place)

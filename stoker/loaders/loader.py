@@ -8,9 +8,12 @@ and verified ahead of need; the cache owns those.
 
 import logging
 import mmap
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from multiprocessing.context import get_spawning_popen
+from os import PathLike
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeAlias
 
@@ -21,10 +24,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ..errors import ConfigError, StateMismatch, UnsupportedError
 from ..metrics import counters
-from ._ahead import ReadAhead
+from ._ahead import ReadAhead, close_dropped
 from ._buffers import DeviceBuffers, HostBuffers, usable_device
 from ._dataloader import WorkerPart, state_after
 from ._lookahead import Lookahead
+from ._numbers import whole
 from ._packed import DocumentRows, RowBorders
 from ._placement import place_in_group
 from ._reports import LoaderStats, RowOrigin, SourceStats, SourceTally, origins_of
@@ -54,6 +58,7 @@ _BATCHES_PER_CALL = 64
 _MOST_CALLS = 8  # of so many rows at once, where several sources share them: each has an order of its own to compute
 _POSITIONS_PER_CALL = 1 << 20  # a call around skipped positions lists those of all ranks
 _WAITS_KEPT = 4096
+_OF_SOURCES = ("seq_len", "packing", "documents", "samples_per_block", "is_local", "plan", "prefetch", "__len__")
 
 
 class Samples(Protocol):
@@ -189,9 +194,12 @@ class TokenLoader(IterableDataset[Batch]):
         prefetch_blocks: int = 32,
         cu_seqlens_size: int | None = None,
     ) -> None:
-        _at_least_one("batch_size", batch_size)
-        _at_least_one("prefetch_blocks", prefetch_blocks)
+        _require_samples(source)
+        batch_size = whole("batch_size", batch_size, place=_PLACE, least=1)
+        prefetch_blocks = whole("prefetch_blocks", prefetch_blocks, place=_PLACE, least=1)
+        seed = whole("seed", seed, place=_PLACE)
         if cu_seqlens_size is not None:
+            cu_seqlens_size = whole("cu_seqlens_size", cu_seqlens_size, place=_PLACE)
             if not source.documents:
                 raise ConfigError(
                     "only batches with borders of documents have cu_seqlens",
@@ -204,7 +212,7 @@ class TokenLoader(IterableDataset[Batch]):
                     f"cu_seqlens_size must be above batch_size = {batch_size}", value=cu_seqlens_size, place=_PLACE
                 )
         if epochs is not None:
-            _at_least_one("epochs", epochs, hint="None runs for ever")
+            epochs = whole("epochs", epochs, place=_PLACE, least=1, hint="None runs for ever")
         self.source = source
         self._documents = source.documents
         self.batch_size = batch_size
@@ -218,6 +226,14 @@ class TokenLoader(IterableDataset[Batch]):
             window = fitting_window(self._cache_rooms(), given=given, world_size=self.world_size, place=_PLACE)
         kind: Shuffle = "window" if isinstance(shuffle, Window) else shuffle
         self.order = self._order_of(seed, kind, window)
+        orders = self.order.orders if isinstance(self.order, MixedOrder) else (self.order,)
+        if epochs is not None and epochs * max(order.num_samples for order in orders) >= ENDLESS // 2:
+            raise ConfigError(
+                "a run must have fewer than 2^61 rows",
+                value=f"epochs={epochs}",
+                place=_PLACE,
+                hint="None runs for ever",
+            )
         if isinstance(source, Mixture):
             self._rows_per_call = _ROWS_PER_CALL * min(len(source.names), _MOST_CALLS)
             self._tally: SourceTally | None = SourceTally(len(source.names))
@@ -229,6 +245,7 @@ class TokenLoader(IterableDataset[Batch]):
         self._cu_seqlens_size = cu_seqlens_size
         self._position = 0  # everything before it is delivered, skipped or dropped
         self._run_start, self._run_end = 0, self.order.run_end(0, epochs)
+        self._run_starts = [0]  # of runs 0, 1, ... of a mixture, as far as they were asked for
         self._ended = False  # StopIteration was raised and no iter() came after it
         self._closed = False
         self._worker: WorkerPart | None = None  # in a worker of a DataLoader: which steps are its own
@@ -248,6 +265,7 @@ class TokenLoader(IterableDataset[Batch]):
         self._upcoming: deque[tuple[NDArray[np.int64], NDArray[np.int64], Sequence[int]]] = deque()
         self._lookahead: Lookahead | None = None
         self._ahead: ReadAhead | None = None
+        self._close_ahead: Any = None
         self._forget_plan()
         if self._live_rows(0, self._run_end) < self._global_batch:
             raise ConfigError(
@@ -275,15 +293,28 @@ class TokenLoader(IterableDataset[Batch]):
         rooms = [source.cache_room() for source in sources if isinstance(source, TokenDataset)]
         return [room for room in rooms if room is not None]
 
-    def _take_window_of(self, state: LoaderState) -> None:
-        """A state keeps its window, which may have been another default where it was taken."""
+    def _order_with(self, state: LoaderState) -> OrderV1 | MixedOrder:
+        """This loader's order with the window of a state, which may have been another default where it was taken."""
         order = self.order
-        if self._default_window and state.window_blocks in _DEFAULT_WINDOWS:
-            window = Window(lanes=order.lanes, blocks=state.window_blocks)
-            if window.blocks != order.window_blocks:
-                self.order, self._ahead = self._order_of(order.seed, order.shuffle, window), None
+        if not self._default_window or state.window_blocks not in _DEFAULT_WINDOWS:
+            return order
+        window = Window(lanes=order.lanes, blocks=state.window_blocks)
+        return order if window.blocks == order.window_blocks else self._order_of(order.seed, order.shuffle, window)
+
+    def _take_order(self, order: OrderV1 | MixedOrder) -> None:
+        if self._default_window:
+            window = Window(lanes=order.lanes, blocks=order.window_blocks)
             if told := unfitting(self._cache_rooms(), window):
                 logger.warning("%s: the windows of this stream are too large for the cache (%s)", _PLACE, told)
+        if order is not self.order:
+            self.order, self._run_starts = order, [0]
+            self._drop_ahead()
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            self._close_ahead.detach()
+            self._ahead.close()
+            self._ahead = None
 
     # -- the stream ---------------------------------------------------------------------------------------------------
 
@@ -318,16 +349,18 @@ class TokenLoader(IterableDataset[Batch]):
         """Go on `steps` steps later in the current run, as if those had been delivered; nothing is read.
 
         Raises:
-            ConfigError: the run has fewer steps left.
+            ConfigError: the run has fewer steps left, or no whole number of steps.
         """
         remaining = self.remaining
-        if steps < 0 or (remaining is not None and steps > remaining):
-            raise ConfigError(
-                "steps must be >= 0" if steps < 0 else f"the run has {remaining} steps left", value=steps, place=_PLACE
-            )
+        steps = whole("steps", steps, place=_PLACE, least=0)
+        if remaining is not None and steps > remaining:
+            raise ConfigError(f"the run has {remaining} steps left", value=steps, place=_PLACE)
+        position = self._skip.position_of(self._skip.live_before(self._position) + steps * self._global_batch)
+        if position >= ENDLESS:
+            raise ConfigError("positions are below 2^62", value=f"{steps} steps from here", place=_PLACE)
         if steps:
             self._forget_plan()
-            self._position = self._skip.position_of(self._skip.live_before(self._position) + steps * self._global_batch)
+            self._position = position
 
     def __iter__(self) -> Self:
         self._require_usable()
@@ -369,9 +402,10 @@ class TokenLoader(IterableDataset[Batch]):
             self.source.gather_planned(self._plan, first, first + self.batch_size, arrays[0], arrays[1])
             input_ids, labels = buffers.deliver(arrays)
             batch = {"input_ids": input_ids, "labels": labels}
-        batch["position"] = torch.from_numpy(self._rows[at])
+        # Copies are the caller's own, and don't keep the whole plan alive.
+        batch["position"] = torch.from_numpy(self._rows[at].copy())
         if sources is not None:
-            batch["source"] = torch.from_numpy(sources)
+            batch["source"] = torch.from_numpy(sources.copy())
         self._at = at + 1
         self._position = self._ends[at]
         self._batches += 1
@@ -514,6 +548,8 @@ class TokenLoader(IterableDataset[Batch]):
                     world_size=self.world_size,
                     global_batch=self._global_batch,
                 )
+                self._close_ahead = weakref.finalize(self, close_dropped, self._ahead)
+                self._close_ahead.atexit = False
             self._lookahead = Lookahead(
                 self._ahead,
                 samples_per_block=self.order.samples_per_block,
@@ -572,17 +608,24 @@ class TokenLoader(IterableDataset[Batch]):
         Loops call it before each iteration, as they do with torch's ``DistributedSampler``. It matters only where
         worker processes that don't persist deliver the batches. A loader without an end stays where it is.
         """
-        start = 0
-        for _ in range(epoch):
-            start = self.order.run_end(start, self.epochs)
+        start = self._start_of_run(whole("epoch", epoch, place=_PLACE))
         if self._position < start < ENDLESS:
             self._forget_plan()
             self._start_run(start)
             self._ended = False
             self._in_workers[0] = 0
 
-    def _state(self, position: int, run_start: int) -> LoaderState:
-        order, source = self.order, self.source
+    def _start_of_run(self, number: int) -> int:
+        """Where run `number` begins, counted from 0; where the stream ends if that comes before."""
+        if isinstance(self.order, OrderV1):
+            return max(0, number) * self.order.run_end(0, self.epochs)
+        starts = self._run_starts  # each follows from the one before, so that a far one takes a while, once
+        while len(starts) <= number and starts[-1] < self.order.end:
+            starts.append(self.order.run_end(starts[-1], self.epochs))
+        return starts[max(0, min(number, len(starts) - 1))]
+
+    def _state(self, position: int, run_start: int, order: OrderV1 | MixedOrder | None = None) -> LoaderState:
+        order, source = order or self.order, self.source
         content: dict[str, Any]
         if isinstance(order, MixedOrder):
             assert isinstance(source, Mixture)
@@ -623,16 +666,9 @@ class TokenLoader(IterableDataset[Batch]):
             UnknownVersion: written by a newer version.
         """
         state = LoaderState.from_dict(state_dict)
-        order, ahead = self.order, self._ahead
-        self._take_window_of(state)
-        try:
-            state.require_same_stream(self._state(state.position, state.run_start))
-        except StateMismatch:
-            self.order, self._ahead = order, ahead
-            raise
-        if ahead is not None and ahead is not self._ahead:
-            ahead.close()
         part = WorkerPart.of(state_dict)
+        order = self._order_with(state)
+        state.require_same_stream(self._state(state.position, state.run_start, order))
         if part is not None and (self._worker is None or part[:2] != self._worker[:2]):
             raise StateMismatch(
                 "the state of a worker must come back to the same worker of as many",
@@ -640,6 +676,8 @@ class TokenLoader(IterableDataset[Batch]):
                 place=_PLACE,
                 hint="keep num_workers, or load TokenLoader.state_from(the state of the StatefulDataLoader)",
             )
+        # Nothing has changed so far, and no state is refused from here on.
+        self._take_order(order)
         if self._worker is not None:
             self._worker = part or self._worker._replace(base=state.position)
         self._in_workers[0] = 0
@@ -699,9 +737,10 @@ class TokenLoader(IterableDataset[Batch]):
         Raises:
             ConfigError: a negative step, or one after the end of a mixture all of whose sources have caps.
         """
-        if step < 0:
-            raise ConfigError("step must be >= 0", value=step, place=_PLACE)
-        start = self._start_of_step(step)
+        step = whole("step", step, place=_PLACE, least=0)
+        start = ENDLESS if step * self._global_batch >= ENDLESS else self._start_of_step(step)
+        if start + self._global_batch > ENDLESS:
+            raise ConfigError("a step must lie before position 2^62", value=step, place=_PLACE)
         positions = self._skip.live_positions(start, self._global_batch)
         if isinstance(self.order, MixedOrder) and int(positions[-1]) >= self.order.end:
             raise ConfigError(
@@ -716,8 +755,8 @@ class TokenLoader(IterableDataset[Batch]):
         start = 0
         if self.epochs is not None:
             last_skip = self._skip.ranges[-1][1] if self._skip.ranges else 0
-            while True:
-                end = self.order.run_end(start, self.epochs)
+            for run in count(1):
+                end = self._start_of_run(run)
                 if isinstance(self.order, OrderV1) and start >= last_skip:  # all further runs are equal
                     runs, step = divmod(step, (end - start) // self._global_batch)
                     start += runs * (end - start)
@@ -744,8 +783,7 @@ class TokenLoader(IterableDataset[Batch]):
         if not self._closed:
             self._count()
             self._forget_plan()
-            if self._ahead is not None:
-                self._ahead.close()
+            self._drop_ahead()
             self._buffers = None
             self._closed = True
 
@@ -761,7 +799,7 @@ class TokenLoader(IterableDataset[Batch]):
             self._in_workers[0] = 1
         state = self.__dict__.copy()
         del state["_in_workers"]
-        for name in ("_buffers", "_plan", "_lookahead", "_ahead", "_rows", "_ends", "_upcoming"):
+        for name in ("_buffers", "_plan", "_lookahead", "_ahead", "_close_ahead", "_rows", "_ends", "_upcoming"):
             state[name] = None
         return state
 
@@ -771,6 +809,11 @@ class TokenLoader(IterableDataset[Batch]):
         self._forget_plan()
 
 
-def _at_least_one(name: str, value: int, *, hint: str = "") -> None:
-    if value < 1:
-        raise ConfigError(f"{name} must be >= 1", value=value, place=_PLACE, hint=hint)
+def _require_samples(source: object) -> None:
+    if isinstance(source, TokenDataset | Mixture) or all(hasattr(source, name) for name in _OF_SOURCES):
+        return
+    is_url = isinstance(source, str | PathLike)
+    hint = "open it: TokenDataset(url, seq_len=...)" if is_url else "several are a Mixture({name: (data set, weight)})"
+    raise ConfigError(
+        "source must be a TokenDataset or a Mixture", value=type(source).__name__, place=_PLACE, hint=hint
+    )

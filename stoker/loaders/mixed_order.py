@@ -35,6 +35,7 @@ __all__ = [
     "SampleIds",
     "Segment",
     "Stop",
+    "present",
     "source_seed",
 ]
 
@@ -251,6 +252,11 @@ class MixedOrder:
     @staticmethod
     def _first_row(low: int, high: int, holds: Callable[[int], bool]) -> int:
         """The first row after `low` at which something holds that never ceases to; `high` if it does not before."""
+        # In growing steps: runs are short beside all that there might be, and so are the ways between caps.
+        step = 1
+        while low + step < high and not holds(low + step):
+            low, step = low + step, 2 * step
+        high = min(high, low + step)
         return bisect_left(_Rows(holds), 1, low + 1, high)
 
     def _segment(self, row: int, weights: Mapping[int, int], base: Int64Array) -> Segment:
@@ -345,7 +351,7 @@ class MixedOrder:
         else:
             of = np.searchsorted(self._starts, row, side="right") - 1
             source, at = np.empty_like(flat), np.empty_like(flat)
-            for i in _present(of, len(self.segments)):
+            for i in present(of):
                 chosen = np.flatnonzero(of == i)
                 source[chosen], at[chosen] = self._deal(self.segments[i], row[chosen], lane[chosen])
         return source.reshape(np.shape(positions)), at.reshape(np.shape(positions))
@@ -369,7 +375,7 @@ class MixedOrder:
         """The sample id at each position, int64 in the shape of `positions`."""
         source, at = self.locate(np.ravel(positions))
         ids = np.empty_like(source)
-        for j in _present(source, len(self.sources)):
+        for j in present(source):
             chosen = np.flatnonzero(source == j)
             ids[chosen] = self.ids.make(j, self.orders[j](at[chosen]))
         return ids.reshape(np.shape(positions))
@@ -448,10 +454,14 @@ class _Rows:
         return ENDLESS
 
 
-def _present(numbers: Int64Array, count: int) -> list[int]:
-    """The different ones of many small numbers, ascending."""
-    present: list[int] = np.flatnonzero(np.bincount(numbers, minlength=count)).tolist()
-    return present
+def present(numbers: Int64Array) -> list[int]:
+    """The different ones of many small numbers, ascending.
+
+    >>> present(np.array([3, 0, 3]))
+    [0, 3]
+    """
+    found: list[int] = np.flatnonzero(np.bincount(numbers)).tolist()
+    return found
 
 
 def _give(rows: Int64Array, share: Any, offset: Int64Array) -> tuple[Int64Array, NDArray[np.bool_]]:

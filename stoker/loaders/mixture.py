@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -12,11 +11,12 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, UnsupportedError
 from ._mixed_rows import MixedPlan, MixedRows
+from ._numbers import as_whole, exact
 from ._packed import DocumentRows, RowBorders
 from ._tables import Span
 from .dataset import TokenDataset
-from .mixed_order import WEIGHT_BITS, MixedOrder, MixedSource, SampleIds, Stop
-from .order import Shuffle, Window
+from .mixed_order import WEIGHT_BITS, MixedOrder, MixedSource, SampleIds, Stop, present
+from .order import ENDLESS, Shuffle, Window
 
 __all__ = ["Mixture", "Schedule"]
 
@@ -142,12 +142,15 @@ class Mixture:
                 items = dict(weights.items())
             except (TypeError, ValueError, AttributeError) as error:
                 raise ConfigError("schedule holds (position, {name: weight})", value=entry, place=_PLACE) from error
-            if isinstance(start, bool) or not isinstance(start, int) or start <= segments[-1][0]:
+            position = as_whole(start)
+            if position is None or not segments[-1][0] < position < ENDLESS:
                 raise ConfigError(
-                    "positions of the schedule are whole numbers, above 0 and ascending", value=start, place=_PLACE
+                    "positions of the schedule are whole numbers, below 2^62, above 0 and ascending",
+                    value=start,
+                    place=_PLACE,
                 )
             self._require_known(items, "schedule")
-            segments.append((start, _whole_weights(items, f"the weights at position {start}")))
+            segments.append((position, _whole_weights(items, f"the weights at position {position}")))
         return segments
 
     def _require_known(self, names: Iterable[str], place: str) -> None:
@@ -159,9 +162,10 @@ class Mixture:
 
     def _cap(self, name: str, epochs: float) -> int:
         self._require_known([name], "caps")
-        if not _is_number(epochs) or epochs <= 0:
+        number = exact(epochs)
+        if number is None or number <= 0:
             raise ConfigError("a cap is a number of epochs above 0", value=epochs, place=f"{_PLACE}: {name}")
-        return max(1, round(Fraction(epochs) * len(self.sources[self.names.index(name)])))
+        return min(ENDLESS, max(1, round(number * len(self.sources[self.names.index(name)]))))
 
     # -- what the loader asks -----------------------------------------------------------------------------------------
 
@@ -228,7 +232,7 @@ class Mixture:
     def prefetch(self, samples: NDArray[np.int64]) -> None:
         """Start to bring the blocks of samples near, in the background."""
         sources = self._ids.sources(samples)
-        for number in np.flatnonzero(np.bincount(sources)).tolist():
+        for number in present(sources):
             self.sources[number].prefetch(self._ids.samples(number, samples[sources == number]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -261,23 +265,22 @@ def _pair(name: str, entry: Any) -> tuple[TokenDataset, float]:
     return dataset, weight
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _whole_weights(weights: Mapping[str, float], what: str) -> dict[str, int]:
     """Weights as whole numbers, the largest 2^24; exact, so the same on every machine."""
+    numbers: dict[str, Fraction] = {}
     for name, weight in weights.items():
-        if not _is_number(weight) or weight < 0:
+        number = exact(weight)
+        if number is None or number < 0:
             raise ConfigError(f"{what} must be finite numbers >= 0", value=weight, place=f"{_PLACE}: {name}")
-    most = max(weights.values(), default=0)
+        numbers[name] = number
+    most = max(numbers.values(), default=Fraction(0))
     if not most:
         raise ConfigError(f"one of {what} must be above 0", value=dict(weights), place=_PLACE)
-    whole = {name: round(Fraction(weight) * (1 << WEIGHT_BITS) / Fraction(most)) for name, weight in weights.items()}
+    whole = {name: round(number * (1 << WEIGHT_BITS) / most) for name, number in numbers.items()}
     for name, weight in weights.items():
         if weight and not whole[name]:
             raise ConfigError(
-                f"{what} must be 2^-24 of the largest one, {most}, at least, or 0",
+                f"{what} must be 2^-24 of the largest one, {max(weights.values())}, at least, or 0",
                 value=weight,
                 place=f"{_PLACE}: {name}",
             )

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
+from ._numbers import whole
 
 __all__ = [
     "ENDLESS",
@@ -399,6 +400,10 @@ class Window:
     lanes: int = 48
     blocks: int = 4
 
+    def __post_init__(self) -> None:
+        for name in ("lanes", "blocks"):
+            object.__setattr__(self, name, whole(name, getattr(self, name), place="Window", least=1))
+
 
 class SkipRanges:
     """Positions that a run jumps over: sorted, disjoint ranges, start inclusive, end exclusive. Immutable.
@@ -412,7 +417,13 @@ class SkipRanges:
 
     def __init__(self, ranges: Iterable[Sequence[int]] = ()) -> None:
         merged: list[tuple[int, int]] = []
-        for start, end in sorted(_checked_range(r) for r in ranges):
+        try:
+            given = iter(ranges)
+        except TypeError as error:
+            raise ConfigError(
+                "skip holds (start, end) pairs of positions", value=ranges, place="TokenLoader"
+            ) from error
+        for start, end in sorted(_checked_range(r) for r in given):
             if merged and start <= merged[-1][1]:
                 merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
             else:
@@ -455,9 +466,12 @@ class SkipRanges:
 
 def _checked_range(given: Sequence[int]) -> tuple[int, int]:
     try:
-        start, end = (int(v) for v in given)
+        first, last = given
     except (TypeError, ValueError) as error:
         raise ConfigError("skip holds (start, end) pairs of positions", value=given, place="TokenLoader") from error
-    if not 0 <= start < end:
-        raise ConfigError("a skip range is (start, end) with 0 <= start < end", value=(start, end), place="TokenLoader")
+    start, end = (whole("a position of skip", value, place="TokenLoader") for value in (first, last))
+    if not 0 <= start < end < ENDLESS:
+        raise ConfigError(
+            "a skip range is (start, end) with 0 <= start < end < 2^62", value=(start, end), place="TokenLoader"
+        )
     return start, end

@@ -17,7 +17,7 @@ from ..errors import ConfigError, StateMismatch
 from ._state import LoaderState
 from .loader import Batch, Samples, TokenLoader
 from .mixture import Mixture
-from .order import Shuffle, Window
+from .order import ENDLESS, Shuffle, Window
 
 __all__ = ["Replay", "ReplayedStep", "digest_of_step", "digest_of_stream", "load_state", "parse_range"]
 
@@ -214,6 +214,9 @@ def parse_range(text: str, *, place: str) -> tuple[int, int | None]:
     first, colon, end = text.partition(":")
     try:
         begin = int(first) if first or not colon else 0
-        return begin, (int(end) if end else None) if colon else begin + 1
+        stop = (int(end) if end else None) if colon else begin + 1
     except ValueError:
         raise ConfigError("must be A:B, A: or A, in whole numbers", value=text, place=place) from None
+    if max(begin, stop or 0) >= ENDLESS:
+        raise ConfigError("must be below 2^62", value=text, place=place)
+    return begin, stop

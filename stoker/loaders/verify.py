@@ -16,7 +16,17 @@ from ..storage._checksums import crc32c
 from ..storage.store import ObjectStore
 from ..storage.urls import open_store
 from ._tables import Tables
-from .format import BLOCKS_KEY, LENGTHS_KEY, Fingerprint, check_digest, read_arrow, shard_key, shard_schema
+from .format import (
+    BLOCKS_KEY,
+    LENGTHS_KEY,
+    SHARDS_KEY,
+    Fingerprint,
+    ShardFiles,
+    check_digest,
+    read_arrow,
+    shard_key,
+    shard_schema,
+)
 
 __all__ = ["Damage", "VerifyReport", "verify"]
 
@@ -77,12 +87,19 @@ def verify(
         progress: called with the bytes of each file when it has been read.
 
     Raises:
-        What opening a data set raises: damage to ``manifest.json`` or ``shards.arrow`` leaves nothing to check by.
+        What opening a data set raises: damage to ``manifest.json``, or to what ``shards.arrow`` says of the places of
+        tokens, leaves nothing to check by.
         StoreUnavailable, AccessDenied: the data could not be read; that says nothing about it.
     """
     with open_store(str(url), **dict(storage_options or {})) as store:
         tables = Tables.open(store)
         damage: list[Damage] = []
+        files: ShardFiles | None = None
+        try:
+            files = ShardFiles.decode(_content(store, SHARDS_KEY), tables.manifest, store.place(SHARDS_KEY))
+        except _DAMAGE as error:
+            damage.append(Damage(key=SHARDS_KEY, problem=_problem(error)))
+        progress(tables.manifest.shards_table.bytes)
         for key, info in ((BLOCKS_KEY, tables.manifest.blocks_table), (LENGTHS_KEY, tables.manifest.lengths_table)):
             try:
                 check_digest(_content(store, key), info, store.place(key))
@@ -90,14 +107,14 @@ def verify(
                 damage.append(Damage(key=key, problem=_problem(error)))
             progress(info.bytes)
         fingerprint: Fingerprint | None = Fingerprint()
-        for shard in range(len(tables.shards)):
+        for shard in range(tables.manifest.shards):
             try:
                 crcs, lengths = tables.blocks(shard).crc32c, tables.lengths(shard)
             except _DAMAGE as error:
                 fingerprint = None
                 damage.append(Damage(key=shard_key(shard), shard=shard, problem=f"can't be checked: {_problem(error)}"))
             else:
-                damage += _check_shard(tables, shard, crcs, lengths)
+                damage += _check_shard(tables, files, shard, crcs, lengths)
                 if fingerprint is not None:
                     fingerprint.update(crcs, lengths)
             progress(int(tables.shards.file_bytes[shard]))
@@ -147,7 +164,9 @@ def _problem(error: StokerError) -> str:
     return f"{error.rule}, got {error.value}" if error.value is not None else error.rule
 
 
-def _check_shard(tables: Tables, shard: int, crcs: NDArray[np.uint32], lengths: NDArray[np.uint32]) -> Iterator[Damage]:
+def _check_shard(
+    tables: Tables, files: ShardFiles | None, shard: int, crcs: NDArray[np.uint32], lengths: NDArray[np.uint32]
+) -> Iterator[Damage]:
     key = shard_key(shard)
     try:
         content = _content(tables.store, key)
@@ -159,7 +178,7 @@ def _check_shard(tables: Tables, shard: int, crcs: NDArray[np.uint32], lengths: 
     if len(content) != size_bytes:
         whole = False
         yield Damage(key=key, shard=shard, problem=f"the data file must have {size_bytes} bytes, got {len(content)}")
-    first_block = int(tables.blocks_before[shard])
+    first_block, _ = tables.blocks_in(shard)
     for block, expected in enumerate(crcs.tolist(), first_block):
         start, end = tables.byte_range(shard, block)
         if end > len(content):
@@ -170,15 +189,16 @@ def _check_shard(tables: Tables, shard: int, crcs: NDArray[np.uint32], lengths: 
             continue
         whole = False
         yield Damage(key=key, shard=shard, block=block, start=start, end=end, problem=problem)
-    if whole:
-        yield from (
-            Damage(key=key, shard=shard, problem=problem) for problem in _check_file(tables, shard, content, lengths)
-        )
+    if whole and files is not None:
+        problems = _check_file(tables, files, shard, content, lengths)
+        yield from (Damage(key=key, shard=shard, problem=problem) for problem in problems)
 
 
-def _check_file(tables: Tables, shard: int, content: memoryview, lengths: NDArray[np.uint32]) -> Iterator[str]:
+def _check_file(
+    tables: Tables, files: ShardFiles, shard: int, content: memoryview, lengths: NDArray[np.uint32]
+) -> Iterator[str]:
     """What is wrong beside the tokens."""
-    found, expected = hashlib.sha256(content).hexdigest(), tables.shards.sha256[shard].tobytes().hex()
+    found, expected = hashlib.sha256(content).hexdigest(), files.sha256[shard].tobytes().hex()
     if found != expected:
         yield f"the data file must have SHA-256 {expected}, got {found}"
         return
@@ -187,8 +207,8 @@ def _check_file(tables: Tables, shard: int, content: memoryview, lengths: NDArra
     start = rows.values.buffers()[1].address - pa.py_buffer(content).address
     if start != tables.shards.tokens_start[shard]:
         yield f"tokens must start at byte {tables.shards.tokens_start[shard]}, got {start}"
-    goes_on = shard + 1 < len(tables.shards) and bool(tables.shards.continued[shard + 1])
-    continued = int(tables.shards.continued[shard])
+    goes_on = shard + 1 < tables.manifest.shards and bool(files.continued[shard + 1])
+    continued = int(files.continued[shard])
     continues = table.column("continues").to_numpy()
     stored = np.diff(rows.offsets.to_numpy())
     if len(stored) != len(lengths) + continued:

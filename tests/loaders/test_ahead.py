@@ -1,7 +1,11 @@
 """What a loader tells its cache: the plan of the whole node, in time, and windows that the cache has room for."""
 
+import gc
 import json
 import logging
+import os
+import weakref
+from collections.abc import Callable
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -131,8 +135,10 @@ def test_the_ranks_of_a_node_are_those_that_the_launcher_tells_or_all(
 
 
 def test_epochs_through_a_small_cache_hit_what_fits_and_deliver_the_same(
-    sets: list[str], s3_server: S3Server, tmp_path: Path
+    sets: list[str], s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # What is fetched when, and so what is evicted, must not depend on threads: blocks come by their gets alone.
+    monkeypatch.setattr(TieredCache, "_prefetch", lambda *args: None)
     streams, missed = [], []
     for eviction in ("plan", "keep"):
         with (
@@ -146,6 +152,7 @@ def test_epochs_through_a_small_cache_hit_what_fits_and_deliver_the_same(
         ):
             blocks = dataset.manifest.blocks
             assert blocks > 150
+            dataset._tables.preload(list(range(dataset.manifest.shards)))  # a plan would wait for them
             dataset._open_source().max_views = 8  # type: ignore[attr-defined]  # the window, and no second cache
             with TokenLoader(dataset, batch_size=8, shuffle=SMALL, epochs=3, prefetch_blocks=4) as loader:
                 streams.append([batch["input_ids"].tolist() for batch in loader])
@@ -154,6 +161,37 @@ def test_epochs_through_a_small_cache_hit_what_fits_and_deliver_the_same(
     assert streams[0] == streams[1]
     # The windows take their room in the cache: 8 blocks, and 4 ahead, of 100. Else the plan equals the pin.
     assert missed[0] <= missed[1] + 2 * (8 + 4) < 3 * blocks
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what another thread is about to do; pytest-timeout guards it."""
+    while not condition():
+        os.sched_yield()
+
+
+def test_a_loader_that_is_dropped_without_a_close_takes_its_plan_back(
+    sets: list[str], s3_server: S3Server, tmp_path: Path
+) -> None:
+    cache = TieredCache(ram=0, disk=tmp_path / "cache", disk_capacity="16MiB")
+    with cache, opened(sets[0], cache, s3_server) as dataset:
+        assert cache._disk is not None
+        loader = TokenLoader(dataset, batch_size=4, shuffle=SMALL)
+        next(loader)
+        assert planned_names(cache)
+        kept, dropped = loader._ahead, weakref.ref(loader)
+        loader.cycle = loader  # type: ignore[attr-defined]  # only the garbage collector finds it
+        del loader
+        # It may run in any thread, also in one that holds these locks.
+        with cache._lock, cache._disk._policy_lock:
+            gc.collect()
+        assert dropped() is None
+        wait_until(lambda: not cache._readers)
+        assert not planned_names(cache)
+        assert kept is not None
+        with TokenLoader(dataset, batch_size=4, shuffle=SMALL) as other:
+            next(other)
+            del kept
+        assert not cache._readers
 
 
 def test_the_plan_names_what_all_ranks_of_the_node_will_read(
@@ -243,7 +281,14 @@ def test_each_row_is_asked_for_with_the_time_until_it_is_due(monkeypatch: pytest
 
 
 def room(capacity_bytes: int, *, blocks: int = 10**6, block_bytes: int = 4 << 20) -> CacheRoom:
-    return CacheRoom(blocks=blocks, block_bytes=block_bytes, capacity_bytes=capacity_bytes)
+    return CacheRoom(
+        place="set",
+        seq_len=2048,
+        blocks=blocks,
+        block_bytes=block_bytes,
+        data_bytes=blocks * block_bytes,
+        capacity_bytes=capacity_bytes,
+    )
 
 
 def test_windows_get_a_quarter_of_the_largest_tier_and_are_made_smaller_for_it(
@@ -256,6 +301,43 @@ def test_windows_get_a_quarter_of_the_largest_tier_and_are_made_smaller_for_it(
     assert fitting_window(two, given=None, world_size=1, place="x") == Window(blocks=2)
     assert fitting_window([], given=None, world_size=9, place="x") == Window()
     assert fitting_window([room(0, blocks=16)], given=None, world_size=9, place="x") == Window(), "a small set fits"
+
+
+def test_samples_that_straddle_blocks_count_with_all_of_them_and_are_told_once(
+    sets: list[str],
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("stoker.loaders._window._LEAST_BYTES", 0)
+    monkeypatch.setattr("stoker.loaders._window._told", set())
+    monkeypatch.setattr(TieredCache, "_prefetch", lambda *args: None)  # what is fetched when must not depend on threads
+    options = s3_server.storage_options
+    for seq_len, factor in ((16, 1.0), (48, 2.0), (24, 2.0), (40, 2.4)):
+        caplog.clear()
+        with (
+            TieredCache(ram=0, disk=tmp_path / str(seq_len), disk_capacity=2 * FILE, eviction="keep") as cache,
+            TokenDataset(sets[0], seq_len=seq_len, cache=cache, storage_options=options) as dataset,
+        ):
+            room = dataset.cache_room()
+            assert room is not None
+            assert room.fetch_factor == pytest.approx(factor, rel=0.05)
+            dataset._open_source().max_views = 8  # type: ignore[attr-defined]  # the window, and no second cache
+            with TokenLoader(dataset, batch_size=4, shuffle=Window(lanes=4, blocks=1)) as loader:
+                for _ in loader:
+                    pass
+            # Some neighbours are read soon after each other.
+            assert 0.75 * factor < cache.stats().misses / dataset.manifest.blocks < 1.05 * factor
+            assert ("a power of two, once" in caplog.text) == (factor > 1)
+            assert (f"fetches up to {room.fetch_factor:.2f} times the data set" in caplog.text) == (factor > 1)
+            caplog.clear()
+            TokenLoader(dataset, batch_size=4, shuffle=Window(lanes=4, blocks=1))
+            assert not caplog.text
+    large = CacheRoom(place="x", seq_len=48, blocks=400, block_bytes=192, data_bytes=38_400, capacity_bytes=38_400)
+    fitting_window([large], given=None, world_size=1, place="x")
+    assert "power of two" not in caplog.text, "a cache that holds the set fetches each block once"
+    assert large.window_bytes(Window(blocks=8)) == large.data_bytes, "not more than there is"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """TokenDataset: samples are slices of the stream, wherever shards, blocks and the store cut it; no wrong byte passes."""
 
+import json
 import logging
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from stoker.errors import (
     ObjectChanged,
     StateMismatch,
 )
-from stoker.loaders import TokenDataset, TokenWriter
+from stoker.loaders import TokenDataset, TokenLoader, TokenWriter
 from stoker.loaders._gather import RowGather, row_index
 from stoker.storage import TieredCache, open_store
 from stoker.storage._checksums import crc32c
@@ -132,9 +133,14 @@ def test_iteration_over_a_data_set_ends(tmp_path: Path) -> None:
     write_set(tmp_path, [np.arange(1, 30)])
     with TokenDataset(tmp_path, seq_len=5) as dataset:
         assert len(list(dataset)) == len(dataset) == 5  # type: ignore[call-overload]
-        for wrong in (5, -6):
+        for far in (5, -6, 2**63, 2**70, np.uint64(2**64 - 1)):
             with pytest.raises(IndexError, match=r"must be in \[0, 5\)"):
-                dataset[wrong]
+                dataset[far]  # type: ignore[index]
+        for no_number in (1.7, "1", True, None):
+            with pytest.raises(ConfigError, match="a sample index must be a whole number"):
+                dataset[no_number]  # type: ignore[index]
+        last = dataset[np.int64(-1)]  # type: ignore[index]
+        assert torch.equal(last["input_ids"], dataset[4]["input_ids"])
         for wrong in (5, -1):
             with pytest.raises(ConfigError, match=rf"sample numbers are in \[0, 5\), got {wrong}"):
                 gathered(dataset, [0, wrong])
@@ -320,17 +326,19 @@ def test_a_file_that_was_replaced_is_checked_again(small: Path, monkeypatch: pyt
         dataset[40]  # the only map is needed for the other shard
         data = bytearray(shard.read_bytes())
         data[start] ^= 1
+        replaced_ns = shard.stat().st_mtime_ns + 1_000_000_000
         shard.unlink()
         shard.write_bytes(data)
+        os.utime(shard, ns=(replaced_ns, replaced_ns))  # the inode may be the same, and a clock may be coarse
         with pytest.raises(CorruptBlock, match="00000000.arrow"):
             dataset[0]
 
 
 def test_damaged_tables_are_refused_where_they_are_read(small: Path) -> None:
     with TokenDataset(small, seq_len=8) as dataset:
-        shards = dataset._tables.shards
-    flip_bit(small / "blocks.arrow", int(shards.blocks_start[1]) + 5)
-    flip_bit(small / "lengths.arrow", int(shards.lengths_start[0]))
+        tables = dataset._tables
+    flip_bit(small / "blocks.arrow", int(tables.shards.blocks_start[1]) + 5)
+    flip_bit(small / "lengths.arrow", int(tables.shard_documents.lengths_start[0]))
     with TokenDataset(small, seq_len=8) as dataset:
         assert dataset[0]["input_ids"][0] == 0
         with pytest.raises(CorruptBlock, match="blocks.arrow"):
@@ -346,11 +354,21 @@ def test_what_is_no_data_set_is_told_apart(tmp_path: Path) -> None:
         TokenDataset(tmp_path, seq_len=8)
 
 
+def test_the_length_of_samples_may_be_a_number_of_numpy(small: Path) -> None:
+    with TokenDataset(small, seq_len=np.int64(32)) as dataset:  # type: ignore[arg-type]
+        assert type(dataset.seq_len) is int
+        with TokenLoader(dataset, batch_size=2) as loader:
+            next(loader)
+            loader.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+
+
 def test_wrong_arguments_are_refused(small: Path) -> None:
     with pytest.raises(EmptyInput, match="one sample takes seq_len \\+ 1 = 501 tokens, got '500 tokens'"):
         TokenDataset(small, seq_len=500)
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"seq_len": 0}, ConfigError, "seq_len must be >= 1, got 0"),
+        ({"seq_len": 8.0}, ConfigError, "seq_len must be a whole number, got 8.0"),
+        ({"seq_len": True}, ConfigError, "seq_len must be a whole number, got True"),
         ({"packing": "tight"}, ConfigError, "packing must be one of concat, best_fit, pad, or a BestFit or Pad, got"),
         ({"labels": "none"}, ConfigError, "labels must be one of shifted, same"),
     ]
@@ -520,9 +538,14 @@ def test_prefetch_brings_blocks_in_before_they_are_asked_for(
     url, options = uploaded(small)
     with TokenDataset(url, seq_len=8, cache=node_cache, **options) as dataset:
         dataset.prefetch(np.array([0, 8, 8, 17]))
+        while len(node_cache._queue) or node_cache._under_way:  # pytest-timeout guards it
+            os.sched_yield()
+        assert node_cache.stats().misses == 3
         gathered(dataset, [0, 8, 17])
         gathered(dataset, [1, 9, 18])
         assert node_cache.stats().misses == 3
+        gathered(dataset, [30])
+        assert node_cache.stats().misses == 4
 
 
 def test_fewer_views_than_blocks_are_used_in_turns(uploaded: Uploaded, node_cache: TieredCache, small: Path) -> None:

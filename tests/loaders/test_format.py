@@ -13,9 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stoker.errors import CorruptRecord, FormatError, StokerError, UnknownVersion
+from stoker.errors import CorruptBlock, CorruptRecord, FormatError, ObjectChanged, StokerError, UnknownVersion
 from stoker.loaders import TokenDataset
-from stoker.loaders.format import Manifest, ShardTable, TableInfo, shard_key
+from stoker.loaders.format import (
+    Manifest,
+    ShardDocuments,
+    ShardFiles,
+    ShardsInfo,
+    ShardTable,
+    TableInfo,
+    shard_key,
+)
 from tests.data import make_token_data_set as golden
 from tests.loaders.token_sets import files_in, flip_bit
 
@@ -33,7 +41,7 @@ def manifest(**changes: Any) -> Manifest:
         "blocks": 16,
         "block_tokens": 64,
         "order_blocks": 1,
-        "shards_table": TableInfo(100, "aa"),
+        "shards_table": ShardsInfo(1000, "aa", 104, 1, 176, 2),
         "blocks_table": TableInfo(200, "bb"),
         "lengths_table": TableInfo(300, "cc"),
         "fingerprint": "ff",
@@ -107,16 +115,21 @@ def test_plain_pyarrow_reads_a_data_set_in_a_process_without_stoker() -> None:
 def test_the_shard_table_finds_tokens_and_table_slices_in_the_files() -> None:
     root = GOLDEN / "uint16"
     m = Manifest.decode((root / "manifest.json").read_bytes(), "manifest")
-    shards = ShardTable.decode((root / "shards.arrow").read_bytes(), m, "shards")
+    table = (root / "shards.arrow").read_bytes()
+    shards = ShardTable.decode(table[m.shards_table.places_start :], m, "shards")
+    starts = ShardDocuments.decode(table[m.shards_table.documents_start :], m, "shards")
+    files = ShardFiles.decode(table, m, "shards")
     stream = np.array([token for document in golden.documents() for token in (*document, golden.EOS_ID)], "<u2")
     lengths = np.array(golden.LENGTHS, "<u4") + np.uint32(1)
-    for n in range(len(shards)):
-        begin, end = shards.tokens_before[n : n + 2]
+    for n in range(m.shards):
+        begin, end = [*shards.tokens_before, m.tokens][n : n + 2]
         data = (root / shard_key(n)).read_bytes()
-        assert hashlib.sha256(data).digest() == shards.sha256[n].tobytes()
+        assert hashlib.sha256(data).digest() == files.sha256[n].tobytes()
         assert data[shards.tokens_start[n] :].startswith(stream[begin:end].tobytes())
-        mine = lengths[shards.documents_before[n] : shards.documents_before[n + 1]]
-        assert (root / "lengths.arrow").read_bytes()[shards.lengths_start[n] :].startswith(mine.tobytes())
+        assert len(data) == shards.file_bytes[n]
+        first, last = [*starts.documents_before, m.documents][n : n + 2]
+        mine = lengths[first:last]
+        assert (root / "lengths.arrow").read_bytes()[starts.lengths_start[n] :].startswith(mine.tobytes())
 
 
 def test_a_manifest_stays_small_however_large_the_set() -> None:
@@ -126,7 +139,7 @@ def test_a_manifest_stays_small_however_large_the_set() -> None:
         shards=2**40,
         blocks=2**57,
         tokenizer="x" * 256,
-        shards_table=TableInfo(2**60, "a" * 64),
+        shards_table=ShardsInfo(2**60, "a" * 64, 2**50, 2**32 - 1, 2**55, 2**32 - 1),
         fingerprint="f" * 64,
     )
     assert len(huge.encode()) < 1500
@@ -186,12 +199,32 @@ def test_no_flipped_bit_of_a_manifest_changes_what_is_read(position: int, bit: i
     assert read == manifest()
 
 
-def test_a_damaged_shard_table_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"places_start": -8}, {"documents_start": 160}, {"bytes": 200}], ids=str)
+def test_parts_of_the_shard_table_that_do_not_fit_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(FormatError, match="numbers must fit together"):
+        Manifest.decode(resealed(lambda body: body["shards_table"].update(change)), "manifest.json")
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_each_flipped_byte_of_the_shard_table_that_is_read_is_told_by_name(tmp_path: Path, documents: bool) -> None:
     golden.write(tmp_path)
     root = tmp_path / "uint16"
-    flip_bit(root / "shards.arrow", 900)
-    with pytest.raises(CorruptRecord, match="shards.arrow: the table must have SHA-256"):
-        TokenDataset(root, seq_len=7)
-    (root / "shards.arrow").write_bytes((GOLDEN / "uint16" / "shards.arrow").read_bytes()[:-10])
-    with pytest.raises(CorruptRecord, match="shards.arrow: the table must have 2562 bytes, got 2552"):
+    m = Manifest.decode((root / "manifest.json").read_bytes(), "manifest")
+    start, size_bytes = m.shards_table.places_start, ShardTable.size_bytes(m.shards)
+    if documents:
+        start, size_bytes = m.shards_table.documents_start, ShardDocuments.size_bytes(m.shards)
+    for offset in range(start, start + size_bytes):
+        flip_bit(root / "shards.arrow", offset)
+        with pytest.raises(CorruptBlock, match="shards.arrow") as caught:
+            TokenDataset(root, seq_len=7)
+        assert (caught.value.start, caught.value.end) == (start, start + size_bytes)
+        flip_bit(root / "shards.arrow", offset)
+    TokenDataset(root, seq_len=7).close()
+
+
+def test_a_shard_table_that_was_cut_is_refused(tmp_path: Path) -> None:
+    golden.write(tmp_path)
+    root = tmp_path / "uint16"
+    (root / "shards.arrow").write_bytes((GOLDEN / "uint16" / "shards.arrow").read_bytes()[:1400])
+    with pytest.raises(ObjectChanged, match="shards.arrow: must hold bytes"):
         TokenDataset(root, seq_len=7)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import pickle
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -376,14 +377,78 @@ def test_what_is_no_state_is_refused() -> None:
         ({"run_start": 5}, "0 <= run_start <= position"),
         ({"fingerprint": 3}, "fingerprint must be of type str"),
         ({"version": 0}, "must be what"),
+        ({"position": 2**62}, "position < 2.62 must hold"),
+        ({"position": 2**63 - 1}, "position < 2.62 must hold"),
+        ({"skip": [[4, 4]]}, "skip"),
+        ({"skip": [[4, 2**70]]}, "skip"),
+        ({"skip": [[0.5, 2.7]]}, "a position of skip must be a whole number, got 0.5"),
+        ({"skip": 3}, "skip must be of type list"),
+        ({"skip": None}, "skip must be of type list"),
+        ({"worker": {}}, "worker must hold number, workers, base as whole numbers"),
+        ({"worker": {"number": 0, "workers": "2", "base": 0}}, "worker must hold"),
+        ({"worker": 3}, "worker must hold"),
+        ({"worker": None}, "worker must hold"),
     ):
         with pytest.raises(StateMismatch, match=told):
             loader.load_state_dict({**good, **changes})
-    with pytest.raises(ConfigError, match="skip"):
-        loader.load_state_dict({**good, "skip": [[4, 4]]})
+    for nothing in (None, 3, "state", [good]):
+        with pytest.raises(StateMismatch, match="must be what TokenLoader.state_dict.. returned"):
+            loader.load_state_dict(nothing)  # type: ignore[arg-type]
     with pytest.raises(UnknownVersion, match="up to version 1, got 2"):
         loader.load_state_dict({**good, "version": 2})
     assert loader.state_dict() == good
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor])
+def test_numbers_of_numpy_and_torch_give_a_state_that_comes_back_through_json(kind: Any) -> None:
+    numbers: dict[str, Any] = {"batch_size": 4, "seed": 11, "epochs": 2, "rank": 0, "world_size": 2}
+    window = {"lanes": 6, "blocks": 2}
+    other: dict[str, Any] = {"prefetch_blocks": 32, "skip": [(5, 9)]}
+    plain = TokenLoader(MemorySamples(100), **numbers, **other, shuffle=Window(**window))
+    loader = TokenLoader(
+        MemorySamples(100),
+        **{name: kind(value) for name, value in numbers.items()},
+        shuffle=Window(**{name: kind(value) for name, value in window.items()}),
+        prefetch_blocks=kind(32),
+        skip=[(kind(5), kind(9))],
+    )
+    expected, got = positions_of(islice(plain, 3)), positions_of(islice(loader, 3))
+    assert got == expected
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state == plain.state_dict()
+    loader.load_state_dict(state)
+    assert positions_of(loader) == positions_of(plain)
+    loader.set_epoch(kind(1))
+    loader.jump(kind(2))
+
+
+def test_a_state_that_holds_numbers_of_numpy_is_taken() -> None:
+    """Earlier versions made such states, which no JSON holds but a pickle does."""
+    loader, other = a_loader(), a_loader()
+    next(loader)
+    state = loader.state_dict()
+    other.load_state_dict({**state, "seed": np.int64(state["seed"]), "position": np.int64(state["position"])})
+    assert other.state_dict() == state
+    assert all(type(value) is not np.int64 for value in other.state_dict().values())
+
+
+def test_a_state_that_is_refused_changes_nothing() -> None:
+    """Also not the window that it has, which the loader would have taken with it."""
+    source = MemorySamples(40_000)
+    stopped = TokenLoader(source, batch_size=4, shuffle=Window(blocks=1))
+    next(stopped)
+    loader, untouched = (TokenLoader(source, batch_size=4) for _ in range(2))
+    next(loader), next(untouched)
+    state = {**stopped.state_dict(), "worker": {"number": 0, "workers": 2, "base": 0}}
+    with pytest.raises(StateMismatch, match="the state of a worker must come back to the same worker"):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == untouched.state_dict()
+    assert loader.order == untouched.order
+    assert positions_of(islice(loader, 50)) == positions_of(islice(untouched, 50))
+    assert np.array_equal(source.gathered[-1], source.gathered[-51])
+    del state["worker"]
+    loader.load_state_dict(state)
+    assert loader.state_dict() == stopped.state_dict()
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -398,6 +463,19 @@ def test_every_batch_of_a_list_has_memory_of_its_own() -> None:
     for batch, samples in zip(batches, source.gathered, strict=True):
         assert batch["input_ids"][:, 0].tolist() == (samples * 4).tolist()
         assert torch.equal(batch["labels"], batch["input_ids"] + 1)
+
+
+def test_positions_are_the_callers_own_and_keep_no_plan_alive() -> None:
+    loader = TokenLoader(MemorySamples(40_000), batch_size=4, shuffle="none")
+    for step in range(3):
+        position = next(loader)["position"]
+        assert position.tolist() == [*range(4 * step, 4 * step + 4)]
+        position.zero_()
+    assert loader.position == 12
+    plan = weakref.ref(loader._rows[0].base)
+    loader.close()
+    gc.collect()
+    assert plan() is None and position.tolist() == [0, 0, 0, 0]
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:
@@ -547,8 +625,9 @@ def test_explain_names_the_sample_of_every_row_of_a_step(epochs: int | None) -> 
                 assert row.spans == (f"sample {row.sample}",)
                 assert row.epoch == row.position // 203
     assert step >= 120
-    with pytest.raises(ConfigError, match="step must be >= 0, got -1"):
-        loaders[0].explain(-1)
+    for wrong, told in ((-1, "step must be >= 0, got -1"), (1.5, "a whole number"), (10**25, "before position 2.62")):
+        with pytest.raises(ConfigError, match=told):
+            loaders[0].explain(wrong)  # type: ignore[arg-type]
 
 
 def test_a_closed_loader_says_so_and_its_batches_stay() -> None:
@@ -601,6 +680,22 @@ def test_a_copy_sent_elsewhere_goes_on_at_the_same_place() -> None:
         ({"batch_size": 55}, "a run must have the .* = 55 rows of a step at least, got 54"),
         ({"skip": [(0, 51)]}, "a run must have the .* = 4 rows of a step at least, got 3"),
         ({"skip": [(3, 2)]}, "a skip range is"),
+        ({"skip": [(0.5, 2.7)]}, "a position of skip must be a whole number, got 0.5"),
+        ({"skip": [(3, 2**70)]}, "a skip range is"),
+        ({"skip": 3}, "skip holds"),
+        ({"batch_size": 2.0}, "batch_size must be a whole number, got 2.0"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"batch_size": "2"}, "batch_size must be a whole number, got '2'"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"seed": np.True_}, "seed must be a whole number, got True"),
+        ({"seed": 1.9}, "seed must be a whole number, got 1.9"),
+        ({"epochs": 1.5}, "epochs must be a whole number, got 1.5"),
+        ({"epochs": 2**60}, r"a run must have fewer than 2\^61 rows, got 'epochs=1152921504606846976'"),
+        ({"prefetch_blocks": 2.5}, "prefetch_blocks must be a whole number"),
+        ({"rank": 0.0, "world_size": 1}, "rank must be a whole number"),
+        ({"rank": 0, "world_size": 1.0}, "world_size must be a whole number"),
+        ({"source": "s3://bucket/set"}, r"source must be a TokenDataset or a Mixture, got 'str' \(hint: open it"),
+        ({"source": [MemorySamples(27)]}, r"source must be .*, got 'list' \(hint: several are a Mixture"),
         ({"device": "no-such-device"}, "device must be one that torch knows"),
         ({"device": "meta"}, "device must be the CPU or the accelerator of this process, got 'meta'"),
     ],
@@ -608,6 +703,21 @@ def test_a_copy_sent_elsewhere_goes_on_at_the_same_place() -> None:
 def test_an_argument_out_of_its_rule_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         a_loader(**changes)
+
+
+@pytest.mark.parametrize("wrong", [{"lanes": 6.0}, {"lanes": True}, {"blocks": 1.5}, {"lanes": 0}, {"blocks": "2"}])
+def test_a_window_of_no_whole_numbers_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"Window: {next(iter(wrong))} must be"):
+        Window(**wrong)
+
+
+@pytest.mark.parametrize("steps", [1.5, True, -1, 2**62, 10**30])
+def test_a_jump_to_nowhere_is_refused(steps: Any) -> None:
+    for epochs in (2, None):
+        loader = a_loader(epochs=epochs)
+        with pytest.raises(ConfigError):
+            loader.jump(steps)
+        assert loader.position == 0
 
 
 def test_skip_ranges_reach_the_loader_merged() -> None:

@@ -1,4 +1,7 @@
-"""The examples for other people's trainers, at two ranks and with a resume: no row twice, none skipped, none dealt anew."""
+"""The examples for other people's trainers, at two ranks and with a resume: no row twice, none skipped, none dealt anew.
+
+And as one process, without a launcher.
+"""
 
 import json
 import os
@@ -48,3 +51,5 @@ def test_a_trainer_of_two_ranks_trains_each_row_once_and_resumes_exactly(
         assert [step for step, *_ in ranks[0]] == [step for step, *_ in ranks[1]] == list(range(first, last))
         together = [sorted((*row,) for _, *rows in both for row in rows) for both in zip(*ranks, strict=True)]
         assert together == steps[first:last]
+    alone = [json.loads(line)[1:] for line in (tmp_path / "alone-rows.0").read_text().splitlines()]
+    assert [sorted(map(tuple, rows)) for rows in alone] == [steps[0][:4], steps[0][4:]]

@@ -4,7 +4,9 @@ import json
 import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
+from fractions import Fraction
+from functools import partial
+from itertools import islice, pairwise
 from math import log2
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from stoker.errors import ConfigError, CorruptBlock, StateMismatch, UnsupportedError
 from stoker.loaders import Mixture, TokenDataset, TokenLoader
 from stoker.loaders._state import LoaderState
+from stoker.loaders.mixed_order import MixedOrder
 from stoker.loaders.order import Window
 from stoker.loaders.replay import digest_of_step
 from stoker.storage import TieredCache, open_store
@@ -502,6 +505,60 @@ def test_a_mixture_survives_pickling(opened: Opened) -> None:
         dataset.close()
 
 
+def test_weights_caps_and_positions_may_be_numbers_of_numpy(opened: Opened) -> None:
+    plain = opened.mix(
+        {"web": 1, "code": float(np.float32(0.3))}, schedule=[(90, {"web": 2, "code": 0.5})], caps={"code": 1.5}
+    )
+    weights: dict[str, Any] = {"web": np.int64(1), "code": np.float32(0.3)}
+    other = opened.mix(
+        weights,
+        schedule=[(np.int32(90), {"web": np.uint8(2), "code": Fraction(1, 2)})],
+        caps={"code": np.float64(1.5)},
+    )
+    assert other._schedule == plain._schedule
+    assert other._caps == plain._caps
+    with TokenLoader(other, batch_size=4) as loader:
+        for _ in range(40):
+            next(loader)
+        loader.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+
+
+def test_writing_into_a_batch_falsifies_no_count(opened: Opened) -> None:
+    loader, other = (TokenLoader(opened.mix(), batch_size=4, shuffle=SMALL) for _ in range(2))
+    for batch in islice(loader, 20):
+        assert batch["source"].untyped_storage().nbytes() == 4 * 8
+        batch["source"].zero_()
+    list(islice(other, 20))
+    assert loader.stats().sources == other.stats().sources
+
+
+@pytest.mark.parametrize("stop", ["first_exhausted", "all_exhausted"])
+def test_runs_that_were_asked_for_once_cost_nothing_again(opened: Opened, stop: Any) -> None:
+    asked = []
+
+    def run_end(order: MixedOrder, start: int, epochs: int | None) -> int:
+        asked.append(start)
+        return MixedOrder.run_end(order, start, epochs)
+
+    loader, plain = (TokenLoader(opened.mix(stop=stop), batch_size=4, shuffle=SMALL) for _ in range(2))
+    starts = [0]
+    for _ in range(30):
+        starts.append(plain.order.run_end(starts[-1], 1))
+    assert isinstance(loader.order, MixedOrder)
+    loader.order.run_end = partial(run_end, loader.order)  # type: ignore[method-assign]
+    loader.set_epoch(30)
+    assert loader.position == starts[30]
+    assert asked == [*starts[:30], starts[30]]  # each once, and where the run that it goes to ends
+    del asked[:]
+    step = sum((end - start) // 4 for start, end in pairwise(starts)) - 1
+    for _ in range(3):
+        rows = loader.explain(step)
+    assert rows[-1].position < starts[30]
+    assert not asked
+    loader.set_epoch(31)
+    assert asked == [starts[30], loader.position]
+
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -521,6 +578,9 @@ NAN, INF = float("nan"), float("inf")
         ({"schedule": [(5, {})]}, ConfigError, "one of the weights at position 5 must be above 0"),
         ({"schedule": [(0, {"web": 1})]}, ConfigError, "above 0 and ascending, got 0"),
         ({"schedule": [(9, {"web": 1}), (9, {"web": 1})]}, ConfigError, "above 0 and ascending, got 9"),
+        ({"schedule": [(2**70, {"web": 1})]}, ConfigError, r"whole numbers, below 2\^62, .* got 1180591620717411303424"),
+        ({"schedule": [(True, {"web": 1})]}, ConfigError, "whole numbers, .* got True"),
+        ({"caps": {"web": True}}, ConfigError, "a cap is a number of epochs above 0, got True"),
         ({"schedule": [(1.5, {"web": 1})]}, ConfigError, "whole numbers, .* got 1.5"),
         ({"schedule": [(9, 1)]}, ConfigError, r"schedule holds \(position, {name: weight}\)"),
         ({"schedule": [(9, {"web": 1}), (48, {"code": 1})]}, ConfigError, "must start 48 positions apart"),

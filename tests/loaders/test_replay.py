@@ -341,6 +341,11 @@ def test_replay_is_told_to_people(stoker: Any, url: str) -> None:
         (["explain", "{url}", "--steps", "3"], 2, "--seq-len and --global-batch are needed"),
         (["explain", "{set}", "--steps", "3:"], 2, "must be a range A:B with 0 <= A < B, got '3:'"),
         (["explain", "{set}", "--steps", "3", "--world-size", "0"], 2, "--world-size must be >= 1 and divide"),
+        (["explain", "{set}", "--steps", "9" * 26], 2, "--steps: must be below 2^62, got '999"),
+        (["explain", "{set}", "--steps", f"{2**61}"], 2, "a step must lie before position 2^62, got 2305843009213693952"),
+        (["replay", "{set}", "--steps", f"3:{'9' * 26}"], 2, "--steps: must be below 2^62"),
+        (["replay", "{set}", "--skip", f"3:{'9' * 26}"], 2, "--skip: must be below 2^62"),
+        (["replay", "{set}", "--epochs", f"{2**60}"], 2, "a run must have fewer than 2^61 rows"),
         (["explain", "{set}"], 2, "Missing option '--steps'"),
         (["replay", "--seq-len", "16"], 2, "one of URL and --mixture is needed"),
         (["replay", "{url}", "--seq-len", "16", "--mixture", "{root}/text"], 2, "one of URL and --mixture is needed"),
@@ -378,6 +383,16 @@ def test_a_state_at_the_end_of_its_run_says_that_nothing_is_left(url: str) -> No
         with pytest.raises(ConfigError, match="within the 0 from here to the end of the run, got '0:0'"):
             Replay(dataset, state=loader.state_dict())
         assert len(Replay(dataset, state=loader.state_dict(), epochs=2)) == (2 * 1009 - 8 * 120) // 120
+
+
+def test_all_commands_tell_the_same_url(stoker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path / "set", random_documents(20))
+    monkeypatch.chdir(tmp_path)
+    some = ["--seq-len", SEQ_LEN, "--global-batch", 4, "--steps", "0:1"]
+    asked = (["inspect", "set"], ["verify", "set"], ["explain", "set", *some], ["replay", "set", *some])
+    told = [json.loads(stoker("data", *arguments, "--json")[1]) for arguments in asked]
+    assert {report["url"] for report in told} == {str(tmp_path / "set")}
+    assert told[2]["rows"][0]["spans"][0]["source"] == str(tmp_path / "set")
 
 
 def test_damage_comes_out_of_a_replay_by_its_name(stoker: Any, tmp_path: Path) -> None:

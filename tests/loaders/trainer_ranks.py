@@ -1,8 +1,9 @@
-"""Runs an example of a trainer at two ranks, stops it and resumes it; the library is imported once and then forked.
+"""Runs an example of a trainer at two ranks, stops it and resumes it, and then alone; the library is imported once.
 
     python -m tests.loaders.trainer_ranks EXAMPLE LIBRARY DATA DIRECTORY
 
 The first run takes 6 steps and saves after 4. What it did after that is lost; the second run goes on to step 8.
+The third is one process without a launcher, of 2 steps.
 """
 
 import importlib
@@ -23,14 +24,15 @@ def _free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-def _run(example: str, arguments: list[str]) -> None:
+def _run(example: str, arguments: list[str], *, alone: bool = False) -> None:
     """All ranks of one run; ends the program if one of them failed."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     ranks = []
-    for rank in ("0", "1"):
+    for rank in ("0",) if alone else ("0", "1"):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
+            if not alone:
+                os.environ.update(shared, RANK=rank, LOCAL_RANK=rank)
             sys.argv = [example, *arguments]
             try:
                 runpy.run_path(example, run_name="__main__")
@@ -55,6 +57,8 @@ def main() -> None:
         _run(example, [f"--data={data}", f"--output={output}", rows, f"--steps={steps}", *given])
         # transformers saves at the end as well, which a run that crashed there would not have done.
         shutil.rmtree(output / "checkpoint-6", ignore_errors=True)
+    alone = [f"--data={data}", f"--output={directory}/alone", f"--rows={directory}/alone-rows", "--steps=2"]
+    _run(example, [*alone, *given], alone=True)
 
 
 if __name__ == "__main__":
