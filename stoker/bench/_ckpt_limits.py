@@ -32,6 +32,7 @@ class _Bare:
         self._threads = ThreadPoolExecutor(_IO_THREADS)
 
     def allocate(self) -> None:
+        """Make the memory that is written, and the views that are copied into."""
         # Huge pages where the kernel gives them: the disk takes each as one piece, so the limit is the hardest there is.
         # O_DIRECT moves whole pages; the few bytes more are not counted.
         whole = -(-self._job.size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -52,6 +53,7 @@ class _Bare:
         self._path.unlink(missing_ok=True)
 
     def copy(self) -> Outcome:
+        """The limit of a stall: the same tensors into views that exist."""
         started = perf_counter()
         for view, tensor in zip(self._views, self._job.state.values(), strict=True):
             view.copy_(tensor)
@@ -72,6 +74,7 @@ class _Bare:
         return {DURABLE: rate, FROM_STAGED: rate}
 
     def read(self) -> Outcome:
+        """The limit of a restore: bare O_DIRECT reads of the whole file."""
         cache: Any = "cold" if drop_page_cache(self._path) == 0 else "warm"
         for view in self._views:
             view.zero_()

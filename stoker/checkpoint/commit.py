@@ -49,17 +49,21 @@ class Attempt:
     """Of :func:`time.monotonic`; each rank counts from its own ``save()``."""
 
     def fragment_key(self, rank: int) -> str:
+        """Of what a rank holds and has written."""
         return f"{self.directory}/frag/{rank:05d}.arrow"
 
     def failure_key(self, rank: int) -> str:
+        """Of why a rank could not write it."""
         return f"{self.directory}/frag/{rank:05d}.failed.json"
 
     @property
     def verdict_key(self) -> str:
+        """Of rank 0's word that there will be no commit."""
         return f"{self.directory}/verdict.json"
 
     @property
     def manifest_key(self) -> str:
+        """Of the merged fragments."""
         return f"{self.directory}/manifest.arrow"
 
 

@@ -122,13 +122,16 @@ class SaveHandle:
         )
 
     def mark_planned(self) -> None:
+        """For the report: what is to be saved is known now."""
         self._plan_s = perf_counter() - self._started - self._busy_s
 
     def mark_returned(self, num_bytes: int, num_slots: int, staging: Staging) -> None:
+        """For the report: ``save()`` returns now."""
         self._staged_bytes, self._staging_slots, self._staging = num_bytes, num_slots, staging
         self._stall_s = perf_counter() - self._started
 
     def reach(self, level: Level) -> None:
+        """The save has reached `level`; who waits for it goes on."""
         self._reached[level] = perf_counter() - self._started
         self._levels[level].set_result(None)
 
@@ -138,10 +141,12 @@ class SaveHandle:
             self.fail_level(level, error)
 
     def fail_level(self, level: Level, error: BaseException) -> None:
+        """The save will not reach `level`, unless it has."""
         if not self._levels[level].done():
             self._levels[level].set_exception(error)
 
     def raise_unobserved(self) -> None:
+        """Raise why the save was not committed, once, if nobody has asked; for one that has ended."""
         error = self._levels["committed"].exception()
         if error is not None and not self._observed and not isinstance(error, SaveSkipped):
             self._observed = True
