@@ -286,15 +286,10 @@ limit = RequestLimit("endpoint", 64, path=Path(sys.argv[1]))
 slots = [limit.slot(time.monotonic() + 60) for _ in range(int(limit.window))]
 for slot in slots:
     slot.__enter__()
-if len(sys.argv) > 2 and os.fork():  # the child outlives its parent
+if len(sys.argv) == 2 or os.fork() == 0:  # the forked child outlives its parent; it speaks when it has its own process
     print("held", flush=True)
-    sys.stdin.read()
-    os._exit(0)
-elif len(sys.argv) > 2:
-    sys.stdin.read()
-    os._exit(0)
-print("held", flush=True)
 sys.stdin.read()
+os._exit(0)
 """
 
 
