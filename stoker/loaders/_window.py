@@ -1,7 +1,6 @@
 """How many blocks a shuffle has open at once, against the room that a cache has for them."""
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log2
@@ -53,14 +52,15 @@ class CacheRoom:
 def fitting_window(rooms: Sequence[CacheRoom], *, given: Window | None, world_size: int, place: str) -> Window:
     """The window of a new stream over data sets in a cache: `given`, or the default if it fits, or the largest that does.
 
-    A smaller window is another order, so it is chosen only where all ranks see the same cache: on one node.
+    A smaller window is another order, so it is chosen only where there is one rank: another may have another cache, or
+    none, also on the same node.
 
     Raises:
         ConfigError: it does not fit: its blocks would be fetched again and again.
     """
     window = given or Window()
     _tell_what_is_fetched_twice(rooms, place)
-    if given is None and _is_one_node(world_size):
+    if given is None and world_size == 1:
         while window.blocks > 1 and (told := unfitting(rooms, window)):
             window = replace(window, blocks=window.blocks // 2)
             logger.warning(
@@ -77,7 +77,7 @@ def fitting_window(rooms: Sequence[CacheRoom], *, given: Window | None, world_si
             "the windows of a shuffle must fit into a quarter of the largest tier of the cache",
             value=told,
             place=place,
-            hint="a larger tier; or, for another order, shuffle=Window(blocks=1), fewer lanes, or smaller blocks",
+            hint="a larger tier; or, for another order, the same on every rank: " + _what_fits(rooms, window),
         )
     return window
 
@@ -100,6 +100,15 @@ def unfitting(rooms: Sequence[CacheRoom], window: Window) -> str:
     )
 
 
+def _what_fits(rooms: Sequence[CacheRoom], window: Window) -> str:
+    while window.blocks > 1 and unfitting(rooms, window):
+        window = replace(window, blocks=window.blocks // 2)
+    if unfitting(rooms, window):
+        return "fewer lanes, or smaller blocks"
+    lanes = "" if window.lanes == Window().lanes else f"lanes={window.lanes}, "
+    return f"shuffle=Window({lanes}blocks={window.blocks})"
+
+
 _told: set[tuple[str, int]] = set()  # each data set once in a process, for each cut
 
 
@@ -119,8 +128,3 @@ def _tell_what_is_fetched_twice(rooms: Sequence[CacheRoom], place: str) -> None:
             room.fetch_factor,
             1 << round(log2(room.seq_len)),
         )
-
-
-def _is_one_node(world_size: int) -> bool:
-    everyone, here = os.environ.get("WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
-    return world_size == 1 or (everyone is not None and everyone == here)

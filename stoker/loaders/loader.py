@@ -134,8 +134,8 @@ class TokenLoader(IterableDataset[Batch]):
         seed: of the order, 0 to 2^63 - 1.
         shuffle: ``"window"``, or a :class:`~stoker.loaders.order.Window` with other settings; ``"full"``: one shuffle
             of all samples, for which every node reads every block; ``"none"``: the order of the data set. Windows over
-            remote data must fit into the cache: where the default does not, and all ranks are on one node, it is made
-            smaller with a warning, and what does not fit then is refused. A restored loader keeps its state's window.
+            remote data must fit into the cache: where the default does not, and there is one rank, it is made smaller
+            with a warning, and what does not fit then is refused. A restored loader keeps its state's window.
         rank, world_size: of the data-parallel group; give both or neither (0 of 1). Ranks that must see the same rows
             (tensor, pipeline, context parallel) pass the same rank.
         mesh: instead of both, a ``DeviceMesh``: its dimensions named "dp", "dp_replicate" and "dp_shard", or its only

@@ -357,10 +357,12 @@ def test_windows_that_do_not_fit_are_refused_with_all_numbers(
     assert "Window(blocks=1)" in caught.value.hint
 
 
-def test_ranks_of_one_node_see_one_cache_and_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_choose_no_window_by_their_cache_also_on_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert fitting_window([room(2 << 30)], given=None, world_size=8, place="x") == Window(blocks=2)
+    assert fitting_window([room(4 << 30)], given=None, world_size=8, place="x") == Window()
+    with pytest.raises(ConfigError, match=r"the same on every rank: shuffle=Window\(blocks=2\)"):
+        fitting_window([room(2 << 30)], given=None, world_size=8, place="x")
 
 
 def test_a_restored_stream_keeps_its_window_wherever_it_goes_on(
