@@ -95,13 +95,16 @@ def stoker(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_whole_demonstration_ends_with_ok(tmp_path: Path) -> None:
     done = stoker("demo", *SMALL, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout, done.stderr
     report = json.loads(done.stdout)
+    assert report["differences"] == []
+    assert done.returncode == 0
     assert report["ok"] is True
     assert report["resume_bit_identical"] is True
     assert report["elastic_stream_identical"] is True
     assert report["elastic_parameters_identical"] is True
-    assert report["resumed_from_step"] < report["killed_in_save_of_step"]
+    # What was staged when it was killed may have been saved afterwards, from shared memory.
+    assert report["resumed_from_step"] <= report["killed_in_save_of_step"]
     assert len(report["losses"]) == 60
     assert report["losses"][-1] < report["losses"][0]
     assert not list(tmp_path.iterdir())
