@@ -1,6 +1,8 @@
 """``stoker bench``: the benchmarks as commands."""
 
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -222,8 +224,33 @@ def _work_directory(directory: Path) -> Iterator[Path]:
     """A fresh directory below the one asked for, removed at the end with all that a bench left in it."""
     if not directory.is_dir():
         raise ConfigError("must be an existing directory", value=str(directory), place="--dir")
-    with tempfile.TemporaryDirectory(prefix="stoker-bench-", dir=directory) as name:
+    with _signals_raise(), tempfile.TemporaryDirectory(prefix="stoker-bench-", dir=directory) as name:
         yield Path(name)
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit in the block, once: what cleans up on Ctrl-C does so on these as well."""
+    heard = False
+
+    def end(number: int, frame: object) -> None:
+        nonlocal heard
+        if not heard:  # timeout(1) sends each signal twice: the second must not cut the clean-up short
+            heard = True
+            raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set a handler
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}  # nohup(1)
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager
