@@ -122,7 +122,7 @@ def _overlaps(manifest: Manifest, index: Ints, low: Ints, shape: Ints) -> Iterab
 
 def _flat(memory: torch.Tensor) -> Any:
     """The bytes of a contiguous tensor in host memory as an array; None of any other."""
-    if memory.device.type != "cpu" or not memory.is_contiguous():
+    if memory.device.type != "cpu" or not memory.is_contiguous() or memory.is_conj() or memory.is_neg():
         return None
     # Not view(-1): a contiguous tensor may have any stride in a dimension of one.
     return memory.as_strided((memory.numel(),), (1,)).view(torch.uint8).numpy()
@@ -174,7 +174,7 @@ def select(manifest: Manifest, boxes: Iterable[tuple[Chunk, torch.Tensor]]) -> S
             strides = _strides(table.boxes.shape[rows[k] : rows[k] + 1])[0, :ndim].tolist()
             corner = (found.start[k, :ndim] - low[box, :ndim]).tolist()
             region = memory[tuple(slice(a, a + n) for a, n in zip(corner, size, strict=True))]
-            buffer = torch.empty((last - first + 1) * width_bytes, dtype=torch.uint8)
+            buffer = torch.empty((last - first + 1) * width_bytes, dtype=torch.uint8, device="cpu")
             spans.append(Span(start=start, sink=buffer.numpy()))
             selection.copies.append(_copy(region, torch.as_strided(buffer.view(memory.dtype), size, strides)))
     return selection

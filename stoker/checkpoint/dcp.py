@@ -78,7 +78,7 @@ StagedLayouts: TypeAlias = Callable[
 """Where chunks lie staged already, given them and their memory; what comes with it is called when they are written."""
 
 _PERSIST_TIMEOUT_S = 1800.0
-_STEP = re.compile(r"(?:step[-_])?(\d{1,12})")
+_STEP = re.compile(r"(?:step[-_])?([0-9]{1,12})")
 _RANK_LOCAL = re.compile(r"state/.*\.\d{5}\.json")
 _PART = re.compile(r"\.part-\d{5,8}\.json")
 _REST = "state/dcp.rest.json"
@@ -677,7 +677,7 @@ class StokerReader(StorageReader):
         for item in plan.items:
             if item.type == LoadItemType.BYTE_IO:
                 stream = io.BytesIO()
-                torch.save(self._values[item.dest_index.fqn], stream)
+                torch.save(self._values[item.storage_index.fqn], stream)
                 stream.seek(0)
                 planner.load_bytes(item, stream)
         _check_shardings(planner, {item.dest_index.fqn for item in tensors})
@@ -693,7 +693,7 @@ class StokerReader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             memory = target
             if dtype_name(target.dtype) != box.dtype:
-                memory = torch.empty(box.shape, dtype=getattr(torch, box.dtype))
+                memory = torch.empty(box.shape, dtype=getattr(torch, box.dtype), device="cpu")
             boxes.append((box, memory))
             done.append((item, target, memory))
         read_boxes(self._reader, boxes)

@@ -574,7 +574,15 @@ def append_steps(transition: Transition) -> Generator[Request, Any, Record]:
         if record is head:
             return record
         try:
-            reply = yield CreateRecord(log_key(record.seq), record.to_json())
+            data = record.to_json()
+            if len(data) > _MAX_RECORD_BYTES:  # nobody could read it, nor append another
+                raise ConfigError(
+                    f"a record of the log must have {_MAX_RECORD_BYTES} bytes at most",
+                    value=f"{len(data)} bytes for {len(record.live)} steps",
+                    place=log_key(record.seq),
+                    hint="keep fewer steps (keep_last=, keep_every=), or save fewer metrics",
+                )
+            reply = yield CreateRecord(log_key(record.seq), data)
         except StoreError as error:
             # POSIX: the record may have its name although the directory could not be made durable.
             if record.kind == "commit" and (yield from head_steps()) == record:
@@ -652,6 +660,8 @@ class CheckpointLog:
         head: Record | None = None
         steps: dict[str, LiveStep] = {}
         for info in self._store.list(_PREFIX):
+            if parse_log_key(info.key) is None:  # not ours
+                continue
             try:
                 record = Record.from_json(self._store.get(info.key), place=self._store.place(info.key))
             except KeyNotFound:

@@ -497,22 +497,35 @@ class CheckpointManager:
 
         Args:
             tree: what to restore; the same items as at ``save``.
-            step: a committed step. The next ``save`` then abandons all steps newer than this one.
-            names: shell patterns; only tensors and items that match one are restored.
-            strict: False restores what tree and checkpoint have in common and reports the rest.
+            step: a committed step. The next ``save`` then abandons all steps newer than this one, unless `names` are
+                given: a part of an older step is no return to it.
+            names: shell patterns; only tensors of modules, and other items as a whole, that match one are restored. A
+                pattern that matches nothing is an error.
+            strict: False restores what tree and checkpoint have in common, keeps what only the tree has, and reports the
+                rest.
+
+        Two names in the tree that are one tensor get the bytes of the last. A module's tensors are its parameters and
+        buffers, and what ``get_extra_state`` gave goes to ``set_extra_state``, after all tensors are filled.
 
         Raises:
+            ConfigError: `names` is one string.
             NoCheckpoint: no committed step, or not that one.
             TreeMismatch: all differences in one message; nothing was written.
             CorruptBlock, CorruptRecord: stored bytes are damaged; the tree may be partly restored by then.
         """
         started = perf_counter()
         self._check_usable()
+        if isinstance(names, str):
+            raise ConfigError("names must be a list of patterns", value=repr(names), place="CheckpointManager.restore")
         self._settle()
         self._num_restores += 1
         found, live, newest = self._resolve(step)
         directory = step_directory(found, live.nonce)
-        manifest = read_manifest(self._store, directory, live)
+        try:
+            manifest = read_manifest(self._store, directory, live)
+        except StokerError as error:
+            self._job.of_all_ranks(error)  # the others wait for this rank
+            raise
         nearer: list[NearCopy] = [ArenaCopy(self._root_id, live.nonce)]
         if self._local is not None and self._local.has(directory):
             nearer.append(LocalCopy(self._local, directory))
@@ -537,7 +550,7 @@ class CheckpointManager:
             )
         if step is None:
             self._term.stay()
-        elif not self._term.is_open or newest > found:
+        elif names is None and (not self._term.is_open or newest > found):
             # Also without newer steps: whoever saved last may add one before this run opens its term.
             self._term.rewind_to(found)
         return replace(

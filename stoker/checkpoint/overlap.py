@@ -9,6 +9,7 @@ for BatchNorm's running mean, nor for ``p.data.add_``.
 """
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
@@ -148,11 +149,12 @@ class OptimizerHooks:
 
     def hook(self, tree: Mapping[str, Any]) -> None:
         """Have every optimizer of `tree` wait from now on."""
-        own = weakref.ref(self)
+        own, pid = weakref.ref(self), os.getpid()
 
         def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             hooks = own()
-            if hooks is not None:
+            # A forked child has memory of its own, and nobody who copies.
+            if hooks is not None and os.getpid() == pid:
                 hooks.join()
 
         for optimizer in _optimizers(tree).values():

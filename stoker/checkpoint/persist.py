@@ -8,7 +8,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from time import monotonic
 
-from ..errors import CommitUnknown, StokerError
+from ..errors import CommitUnknown, SaveFailed, StokerError
 from ..storage.store import ObjectStore
 from .arena import write_tail
 from .commit import Attempt, collect_fragments, give_up, report_failure, wait_for_verdict, write_manifest
@@ -166,6 +166,14 @@ class Persister:
         attempt = staged.attempt
         fragment = fragment.with_origins(self._refer(staged))
         staged.blobs.checksums_done(attempt.deadline)
+        # Before any file gets its name: what has this one may be a live step of a run that was called the same.
+        if self._store.exists(attempt.fragment_key(attempt.rank)):
+            raise SaveFailed(
+                "a run_id must be new at each start",
+                value=f"step {attempt.step} was written under it before",
+                place=self._store.place(attempt.directory),
+                hint="a scheduler's job id stays the same when a job is requeued: add the restart count, or leave run_id out",
+            )
         staged.blobs.finish()
         for path, data in staged.states.items():
             self._store.put(f"{attempt.directory}/{path}", data)

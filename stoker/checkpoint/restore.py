@@ -18,17 +18,20 @@ from ._select import select
 from .blob import Chunk
 from .handover import Handover, node_id
 from .manifest import TensorInfo
-from .plan import dtype_name, local_pieces
+from .plan import dtype_name, local_part, local_pieces
 from .reader import StepReader
 from .tree import (
+    EXTRA_STATE,
     Stateful,
     TreeView,
     empty_state,
     group_differences,
+    is_extra_state,
     names_of_parameters,
     own_part,
     parameter_names,
     put_at,
+    restore_extra_state,
     restore_optimizer,
     state_path,
     unite_documents,
@@ -116,7 +119,7 @@ def restore_tree(
         TreeMismatch: names, shapes or dtypes differ; all of them in one message, and nothing was written.
     """
     try:
-        job = _Restore(tree, reader, rank=rank, step=step, names=names)
+        job = _Restore(tree, reader, rank=rank, step=step, names=names, strict=strict)
         own = job.compare()
     except Exception as error:
         # The others wait for this rank.
@@ -127,10 +130,11 @@ def restore_tree(
     differences = _Differences.of_job([compared for compared, _ in everybody], own=own)
     differences.check(strict=strict)
     targets = job.targets()
+    to_read = _last_in_each_place(targets)
     nodes = [node for _, node in everybody]
     same = [other for other, node in enumerate(nodes) if node and node == nodes[rank]] if len(nodes) > 1 else None
     reader.handover = handover(same)
-    num_bytes = read_tensors(reader, targets)
+    num_bytes = read_tensors(reader, to_read)
     job.apply(targets)
     plain = {
         name: tree[name] for name, item in job.view.items.items() if item.kind == "value" and name in job.documents
@@ -179,9 +183,17 @@ class _Restore:
     """The steps of one restore, in order: compare, targets, apply."""
 
     def __init__(
-        self, tree: dict[str, Any], reader: StepReader, *, rank: int, step: int, names: Sequence[str] | None
+        self,
+        tree: dict[str, Any],
+        reader: StepReader,
+        *,
+        rank: int,
+        step: int,
+        names: Sequence[str] | None,
+        strict: bool,
     ) -> None:
-        self.tree, self.manifest, self._rank, self._step, self._names = tree, reader.manifest, rank, step, names
+        self.tree, self.manifest, self._rank, self._step = tree, reader.manifest, rank, step
+        self._names, self._strict = names, strict
         self.view: TreeView = view_tree(tree)
         self.names_of = names_of_parameters(tree)
         self.documents: dict[str, dict[str, Any]] = {}
@@ -207,23 +219,32 @@ class _Restore:
         return [path for path in (of_job, own) if path in self.manifest.states][:1]
 
     def _wanted(self, name: str) -> bool:
-        """Whether `names` asks for an item or a tensor. A module goes by tensor, any other item as a whole."""
-        if self._names is None:
-            return True
-        item = name.split(".", 1)[0]
-        if item == name or self.view.items[item].kind != "module":
-            return any(fnmatchcase(item, pattern.split(".", 1)[0]) for pattern in self._names)
-        return any(pattern == item or fnmatchcase(name, pattern) for pattern in self._names)
+        """Whether `names` asks for an item or a tensor."""
+        return self._names is None or any(self._matches(name, pattern) for pattern in self._names)
+
+    def _matches(self, name: str, pattern: str) -> bool:
+        """A module goes by tensor, any other item as a whole."""
+        item, _, rest = name.partition(".")
+        first, _, inside = pattern.partition(".")
+        if item in self.view.items and self.view.items[item].kind == "module":
+            return pattern == item or fnmatchcase(name, pattern) if rest else fnmatchcase(item, first)
+        # "*.weight" asks for weights of modules, and for no item that has none.
+        return fnmatchcase(item, pattern) or (bool(inside) and first != "*" and fnmatchcase(item, first))
 
     def compare(self) -> _Differences:
         """All differences between tree and checkpoint."""
         saved_items = {path.removeprefix("state/").split(".", 1)[0] for path in self.manifest.states}
         missing = [name for name in self.view.items if name not in saved_items and self._wanted(name)]
         unexpected = sorted(name for name in saved_items - set(self.view.items) if self._wanted(name))
-        wrong: list[str] = []
+        known = [*self.view.items, *self.view.tensors, *saved_items, *self.manifest.tensor_names]
+        wrong = [
+            f"names: {pattern!r} matches nothing"
+            for pattern in self._names or ()
+            if not any(self._matches(name, pattern) for name in known)
+        ]
         for name, tensor in self.view.tensors.items():
             owner = name.split(".", 1)[0]
-            if not self._wanted(name) or owner in missing:
+            if not self._wanted(name) or owner in missing or self._is_extra_state(name):
                 continue
             if name in self.manifest:
                 wrong += _difference(name, tensor, self.manifest.tensor(name))
@@ -232,11 +253,20 @@ class _Restore:
                 missing.append(name)
         for name in self.manifest.tensor_names:
             item = self.view.items.get(name.split(".", 1)[0])
-            if item is not None and item.kind == "module" and name not in self.view.tensors and self._wanted(name):
+            if item is None or item.kind != "module" or self._is_extra_state(name):
+                continue
+            if name not in self.view.tensors and self._wanted(name):
                 unexpected.append(name)
         for name, thing in self.tree.items():
             if name not in self.documents or not self._wanted(name):
                 continue
+            if told := self._other_kind(name):
+                wrong.append(told)
+                continue
+            if isinstance(thing, nn.Module):
+                mine, theirs = self.view.items[name].value.keys(), self._saved_extra_states(name)
+                missing += [f"{name}.{key}" for key in sorted(mine - theirs) if self._wanted(f"{name}.{key}")]
+                unexpected += [f"{name}.{key}" for key in sorted(theirs - mine) if self._wanted(f"{name}.{key}")]
             if isinstance(thing, torch.optim.Optimizer):
                 lacking, others = group_differences(name, thing, self.names_of, self.documents[name]["value"])
                 wrong += lacking
@@ -246,6 +276,28 @@ class _Restore:
                     f"{name}: rank {self._rank} saved none, and {type(thing).__name__} has no load_for_new_rank"
                 )
         return _Differences(wrong=wrong, missing=missing, unexpected=unexpected)
+
+    def _other_kind(self, name: str) -> str:
+        """What is wrong with the kind of thing that an item was saved as; nothing if it can be restored."""
+        mine, document = self.view.items[name].kind, self.documents[name]
+        theirs, value = document["kind"], document["value"]
+        # torch's planner knows no kinds: what was saved through it is all values. A value may be used to look at state.
+        alike = theirs in (mine, "value") or (mine == "value" and theirs == "stateful")
+        if mine != "value" and not isinstance(value, dict):
+            alike = False
+        if mine == "optimizer" and alike and "param_groups" not in value:
+            alike = False
+        return "" if alike else f"{name}: {mine} in the tree, {theirs} in the checkpoint"
+
+    def _is_extra_state(self, name: str) -> bool:
+        item = self.view.items.get(name.split(".", 1)[0])
+        return item is not None and item.kind == "module" and EXTRA_STATE in name.split(".")
+
+    def _saved_extra_states(self, item: str) -> set[str]:
+        """Names, within a module, of what its parts keep besides tensors, or as a tensor that they make anew."""
+        plain = {key for key in self.documents[item]["value"] if is_extra_state(key)}
+        tensors = {name.removeprefix(f"{item}.") for name in self.manifest.tensor_names if name.startswith(f"{item}.")}
+        return plain | {name for name in tensors if is_extra_state(name)}
 
     def targets(self) -> dict[str, torch.Tensor]:
         """The tensor that each saved one goes to; what the tree does not have yet is made here."""
@@ -264,7 +316,7 @@ class _Restore:
             live = self.view.tensors.get(name)
             if item.kind != "module" and name not in listed:
                 continue  # of another pipeline stage, or of a parameter that the optimizer has not
-            if item.kind == "stateful" or (live is None and item.kind != "module"):
+            if item.kind == "stateful" or (live is None and item.kind != "module") or self._is_extra_state(name):
                 targets[name] = self._new(name, live)
             elif live is not None:
                 targets[name] = live
@@ -287,12 +339,24 @@ class _Restore:
                 continue
             value, thing = document["value"], self.tree[name]
             # torch's planner knows no modules: a step saved through it lists their parameters, filled by now, as well.
-            filled = {path[0] for path, _ in document["tensors"] if isinstance(thing, nn.Module) and len(path) == 1}
+            filled: set[Any] = set()
+            if isinstance(thing, nn.Module):
+                filled = {path[0] for path, _ in document["tensors"] if len(path) == 1 and not is_extra_state(path[0])}
             for path, tensor in document["tensors"]:
                 if not path or path[0] not in filled:
                     value = put_at(value, tuple(path), targets[tensor])
             if isinstance(thing, nn.Module):
-                _restore_extra_state(thing, {key: state for key, state in value.items() if key not in filled})
+                states = {key: state for key, state in value.items() if key not in filled}
+                states |= {  # of steps whose documents don't list them
+                    key: targets[f"{name}.{key}"]
+                    for key in self._saved_extra_states(name)
+                    if key not in value and f"{name}.{key}" in targets
+                }
+                mine = self.view.items[name].value
+                restore_extra_state(
+                    thing,
+                    {key: state for key, state in states.items() if key in mine and self._wanted(f"{name}.{key}")},
+                )
             elif isinstance(thing, torch.optim.Optimizer):
                 restore_optimizer(thing, self.names_of, value)
             elif name in self._from_another_rank:
@@ -300,7 +364,7 @@ class _Restore:
             elif isinstance(thing, Stateful):
                 thing.load_state_dict(value)
             else:
-                self.tree[name] = update_in_place(thing, value)
+                self.tree[name] = update_in_place(thing, value, keep=not self._strict)
 
 
 def _difference(name: str, tensor: torch.Tensor, info: TensorInfo) -> list[str]:
@@ -310,7 +374,11 @@ def _difference(name: str, tensor: torch.Tensor, info: TensorInfo) -> list[str]:
     return [f"{name}: {mine[0]}{list(mine[1])} in the tree, {theirs[0]}{list(theirs[1])} in the checkpoint"]
 
 
-def _restore_extra_state(module: nn.Module, saved: Mapping[str, Any]) -> None:
-    for name, value in saved.items():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        owner.set_extra_state(value)
+def _last_in_each_place(targets: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`targets` without those whose memory a later one fills: tied weights get the last, as with load_state_dict."""
+    last = {}
+    for name, tensor in targets.items():
+        memory = local_part(tensor)
+        last[memory.data_ptr(), memory.shape, memory.stride()] = name
+    kept = set(last.values())
+    return {name: tensor for name, tensor in targets.items() if name in kept or not local_part(tensor).numel()}

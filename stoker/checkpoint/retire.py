@@ -104,7 +104,7 @@ class Retirement:
         try:
             if self._is_owner:
                 if monotonic() >= self._sweep_due:
-                    self._sweep_due = inf
+                    self._sweep_due = monotonic() + self._grace_s  # once more if this one fails
                     self._sweep()
                 self._delete_due()
         except StokerError as error:  # what is left is found again by the next run
@@ -132,8 +132,8 @@ class Retirement:
             logger.info("deleting what %d attempts of earlier runs left under %s", len(dead), self._store.url)
             with self._lock:
                 self._doomed = [_Doomed(due_s=0.0, directory=one.directory) for one in dead] + self._doomed
-        if found.in_grace:  # what the run before left a moment ago: no other run may ever come to look
-            self._sweep_due = monotonic() + self._grace_s
+        # Again for what the run before left a moment ago: no other run may ever come to look.
+        self._sweep_due = monotonic() + self._grace_s if found.in_grace else inf
 
     def _delete_due(self) -> None:
         while True:

@@ -39,8 +39,8 @@ class RngState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set every generator that `state` has."""
+        np.random.set_state(state["numpy"])  # first: it refuses the state of another kind of generator
         random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
         torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
         if "accelerator" in state and torch.accelerator.is_available():
             device = torch.get_device_module(torch.accelerator.current_accelerator())

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+import torch
+
 from ..errors import StoreFull
 from ..storage import _memory
 from ..storage._posix import shared_memory_directory
@@ -105,7 +107,8 @@ class Slots:
             }
             if self._rank == 0:
                 sweep_dead_arenas(keep_root_id=self._root_id, take_over=lambda rank: rank >= self._world_size)
-        self._slots, self.key = [_Slot(self._lay_out(plan, images, keep))], key
+        with torch.inference_mode(False):  # else its views could be written in that mode alone
+            self._slots, self.key = [_Slot(self._lay_out(plan, images, keep))], key
 
     def _lay_out(self, plan: Plan, images: list[BlobImage], arena: Arena | None) -> StagedLayout:
         size_bytes = sum(image.size_bytes for image in images)

@@ -38,6 +38,7 @@ __all__ = [
 # Wrappers that add a component to every name inside them; the names without it are the model's own.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _MAX_DEPTH = 64
+EXTRA_STATE = "_extra_state"
 
 Path = tuple[Any, ...]
 NamesOf = Mapping[int, tuple[str, str]]
@@ -175,9 +176,11 @@ def view_tree(tree: dict[str, Any]) -> TreeView:
 def _take_apart(view: TreeView, key: str, thing: Any, names_of: NamesOf) -> Item:
     if isinstance(thing, nn.Module):
         item = Item(name=key, kind="module", value={})
-        buffers = {clean_name(name) for name, _ in _unwrap(thing).named_buffers()}
+        buffers = {clean_name(name): buffer for name, buffer in _unwrap(thing).named_buffers(remove_duplicate=False)}
         for name, value in module_state(thing).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and not is_extra_state(name):
+                if not isinstance(value, nn.Parameter) and value is not buffers.get(name):
+                    _require_own(thing, value, f"{key}.{name}")
                 view.add(f"{key}.{name}", value, f"{key}.{name}")
                 if name in buffers:
                     view.buffers.add(f"{key}.{name}")
@@ -200,6 +203,24 @@ def _take_apart(view: TreeView, key: str, thing: Any, names_of: NamesOf) -> Item
     item = Item(name=key, kind="value")
     item.value = _split(view, item, key, thing, (), 0)
     return item
+
+
+def _require_own(module: nn.Module, tensor: torch.Tensor, place: str) -> None:
+    """Refuse a tensor that a module made for its state: filling that in place would restore nothing."""
+    own = [*_unwrap(module).parameters(), *_unwrap(module).buffers()]
+    if not tensor.numel() or _memory(tensor) in {_memory(one) for one in own}:
+        return
+    raise UnsupportedState(
+        "a module's state_dict must hold its own tensors",
+        value="a tensor that shares no memory with its parameters and buffers",
+        place=place,
+        hint="give that state as get_extra_state, or as an item of its own",
+    )
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def _has_tensor(value: Any) -> bool:
@@ -263,6 +284,15 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether a name of a module's state_dict is what ``get_extra_state`` gave.
+
+    >>> is_extra_state("layers.0._extra_state"), is_extra_state("layers.0.weight")
+    (True, False)
+    """
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
 def _unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside DistributedDataParallel, DataParallel and torch.compile."""
     while True:
@@ -317,6 +347,7 @@ def parameter_names(
 
 def optimizer_state(optimizer: torch.optim.Optimizer, names_of: NamesOf) -> dict[str, Any]:
     """``{"state": {parameter: {...}}, "param_groups": [...]}`` with names in the place of indices. Calls no step."""
+    _require_plain(optimizer)
     state: dict[str, Any] = {}
     groups = [{**group, "params": []} for group in optimizer.param_groups]
     plain_of = {id(group): plain for group, plain in zip(optimizer.param_groups, groups, strict=True)}
@@ -325,6 +356,25 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names_of: NamesOf) -> dict
         if optimizer.state.get(parameter):
             state[name] = dict(optimizer.state[parameter])
     return {"state": state, "param_groups": groups}
+
+
+def _require_plain(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that keeps more than state of its parameters and groups, which would be lost."""
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    others = [key for key, value in optimizer.state.items() if value and id(key) not in own]
+    value = f"state of {others[0]!r}"[:80] if others else ""
+    if not others and type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        told = optimizer.state_dict()
+        more = sorted(map(str, told.keys() - {"state", "param_groups"}))
+        if more or len(told.get("state", ())) != sum(1 for state in optimizer.state.values() if state):
+            value = f"{type(optimizer).__name__}.state_dict() has other state, {more}"
+    if value:
+        raise UnsupportedState(
+            "an optimizer's state must belong to its parameters",
+            value=value,
+            place=type(optimizer).__name__,
+            hint="save what else it has as an item of its own, by a Stateful that calls its state_dict",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- the way back
@@ -347,18 +397,27 @@ def put_at(value: Any, path: Path, leaf: Any) -> Any:
     return value
 
 
-def update_in_place(old: Any, new: Any) -> Any:
-    """`new`, but in `old`'s own dict objects where both are dicts, so that the user's references see it.
+def restore_extra_state(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Give `saved`, by clean name, to the parts of a module that it came from."""
+    # Outermost first: of a compiled module and the one in it, which have one clean name, the inner one stays.
+    owners = {clean_name(name): owner for name, owner in _unwrap(module).named_modules()}
+    for name, value in saved.items():
+        owners[name.rpartition(".")[0]].set_extra_state(value)
+
+
+def update_in_place(old: Any, new: Any, *, keep: bool = False) -> Any:
+    """`new`, but in `old`'s own dict objects where both are dicts, so that the user's references see it; `keep` what
+    only they have.
 
     >>> mine = {"a": {"b": 1}, "gone": 2}; inner = mine["a"]
     >>> _ = update_in_place(mine, {"a": {"b": 5}}); mine, inner
     ({'a': {'b': 5}}, {'b': 5})
     """
     if type(old) is type(new) and type(new) in (dict, OrderedDict, defaultdict):
-        for key in [key for key in old if key not in new]:
+        for key in [key for key in old if key not in new and not keep]:
             del old[key]
         for key, value in new.items():
-            old[key] = update_in_place(old.get(key), value)
+            old[key] = update_in_place(old.get(key), value, keep=keep)
         return old
     return new
 

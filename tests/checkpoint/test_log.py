@@ -526,3 +526,24 @@ def test_of_two_processes_that_commit_one_step_exactly_one_wins(tmp_path: Path) 
         assert head is not None and head.steps == list(range(rounds)) and head.seq == rounds + 1
         for step, winner in enumerate(won):
             assert head.live[step].nonce == nonce_of(("first", "second")[winner], step, 0)
+
+
+def test_a_file_of_somebody_else_among_the_records_stops_nothing(store: LocalStore) -> None:
+    log = CheckpointLog(store)
+    log.append(lambda head: open_record(head, "run"))
+    store.put("log/README", b"mine")
+    head, steps = log.needed_since(0.0)
+    assert head.seq == 1
+    assert steps == []
+
+
+def test_a_record_that_nobody_could_read_is_not_written(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CheckpointLog(store)
+    first = log.append(lambda head: open_record(head, "run"))
+    monkeypatch.setattr("stoker.checkpoint.log._MAX_RECORD_BYTES", len(first.to_json()) + 20)
+    with pytest.raises(ConfigError, match="bytes at most"):
+        log.append(lambda head: open_record(head, "run" * 50, above_term=1))
+    monkeypatch.undo()
+    found = log.head()
+    assert found is not None
+    assert found.seq == 1

@@ -1,6 +1,8 @@
 """Copying parameters and optimizer state beside the next step: what is saved is what there was at ``save``."""
 
 import copy
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from stoker.checkpoint import CheckpointManager
-from stoker.checkpoint.overlap import LateCopy, late_tensors
+from stoker.checkpoint.overlap import LateCopy, OptimizerHooks, late_tensors
 from stoker.checkpoint.tree import view_tree
 from stoker.errors import DeadlineExceeded, SaveFailed
 from stoker.metrics import counters
@@ -260,3 +262,27 @@ def test_the_sources_are_held_until_they_are_copied(tmp_path: Path, copies_after
         handle.wait()
         ckpt.restore(fresh)
     assert all(torch.equal(expected[name], tensor) for name, tensor in tensors_of(fresh).items())
+
+
+class NeverDone:
+    """A copy that only the parent's threads make."""
+
+    def join(self) -> None:
+        raise RuntimeError("waits")
+
+
+def test_a_forked_child_steps_without_waiting_for_its_parents_copy() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1)
+    hooks = OptimizerHooks()
+    hooks.hook({"optimizer": optimizer})
+    hooks.expect(NeverDone())  # type: ignore[arg-type]
+    child = os.fork()
+    if not child:
+        try:
+            optimizer.step()
+        finally:
+            os._exit(1 if sys.exc_info()[0] else 0)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(RuntimeError, match="waits"):
+        optimizer.step()
+    hooks.close()
