@@ -343,7 +343,8 @@ class _Restore:
             if isinstance(thing, nn.Module):
                 filled = {path[0] for path, _ in document["tensors"] if len(path) == 1 and not is_extra_state(path[0])}
             for path, tensor in document["tensors"]:
-                if not path or path[0] not in filled:
+                # Of a module's extra state, `names` may ask for a part.
+                if (not path or path[0] not in filled) and self._wanted(tensor):
                     value = put_at(value, tuple(path), targets[tensor])
             if isinstance(thing, nn.Module):
                 states = {key: state for key, state in value.items() if key not in filled}

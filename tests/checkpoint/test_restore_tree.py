@@ -68,12 +68,15 @@ def test_extra_state_that_only_one_side_has_is_told_before_anything_is_written(t
     assert torch.equal(plain[0].weight, torch.zeros(3))
 
 
-def test_names_choose_extra_state_too(tmp_path: Path) -> None:
-    save(tmp_path, {"model": nn.Sequential(Keeping(7), Keeping(8))})
-    fresh = nn.Sequential(Keeping(1), Keeping(2))
+@pytest.mark.parametrize(
+    "kind", [int, torch.tensor, lambda number: {"n": torch.tensor(number)}], ids=["int", "tensor", "dict"]
+)
+def test_names_choose_extra_state_too(tmp_path: Path, kind: Any) -> None:
+    save(tmp_path, {"model": nn.Sequential(Keeping(kind(7)), Keeping(kind(8)))})
+    fresh = nn.Sequential(Keeping(kind(1)), Keeping(kind(2)))
     with CheckpointManager(tmp_path) as ckpt:
         ckpt.restore({"model": fresh}, names=["model.0.*"])
-    assert [layer.kept for layer in fresh] == [7, 2]
+    assert [str(layer.kept) for layer in fresh] == [str(kind(7)), str(kind(2))]
 
 
 def test_a_module_whose_state_holds_copies_is_refused_when_it_is_saved(tmp_path: Path) -> None:
