@@ -12,6 +12,7 @@
 import errno
 import os
 import re
+import stat
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 from ..errors import UnknownVersion
 from ._checksums import crc32c
-from ._posix import UnnamedFile, pread_into, pwrite_all
+from ._posix import UnnamedFile, is_temporary_name, pread_into, pwrite_all
 
 __all__ = [
     "BLOCK_NAME",
@@ -35,6 +36,7 @@ __all__ = [
     "flight_byte",
     "has_tag",
     "lease_byte",
+    "may_become_a_tier",
     "read_state",
     "write_state",
     "write_tag",
@@ -62,6 +64,7 @@ BLOCK_NAME = re.compile(r"[0-9a-f]{32}")
 FOLDER_NAME = re.compile(r"[0-9a-f]{2}")
 TEMPORARY_NAME = re.compile(r"\d{1,15}-[0-9a-f]{16}")
 PLAN_NAME = re.compile(r"[0-9a-f]{16}")
+_FOLDERS = {"blocks": FOLDER_NAME, "tmp": TEMPORARY_NAME, "plans": PLAN_NAME}
 
 
 class BlockFile:
@@ -172,6 +175,34 @@ def has_tag(directory_fd: int, path: Path) -> bool:
             place=str(path),
             hint="name another directory, or remove this one",
         )
+    return True
+
+
+def may_become_a_tier(directory_fd: int) -> bool:
+    """Whether a directory without the tag is empty, or holds what only stoker puts into one, under the mode it gives.
+
+    The latter is left when someone emptied a cache in use, or was stopped in the middle of removing it.
+    """
+    left = {name for name in os.listdir(directory_fd) if not is_temporary_name(name)}  # a tag in the making
+    if left and (os.fstat(directory_fd).st_mode & 0o077 or not left <= {"lock", *_FOLDERS}):
+        return False
+    for name in left:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory_fd)
+        except FileNotFoundError:
+            continue  # its removal goes on
+        except OSError:
+            return False
+        try:
+            info = os.fstat(fd)
+            if name != "lock":
+                ours = stat.S_ISDIR(info.st_mode) and all(map(_FOLDERS[name].fullmatch, os.listdir(fd)))
+            else:  # empty: of a process that is just starting
+                ours = stat.S_ISREG(info.st_mode) and (info.st_size == 0 or read_state(fd) is not None)
+        finally:
+            os.close(fd)
+        if not ours:
+            return False
     return True
 
 

@@ -35,6 +35,7 @@ from ._layout import (
     flight_byte,
     has_tag,
     lease_byte,
+    may_become_a_tier,
     read_state,
     write_state,
     write_tag,
@@ -42,7 +43,7 @@ from ._layout import (
 from ._locks import lock, try_lock, unlock
 from ._mapping import MappedFile, map_file
 from ._plan_file import PlanFile, read_plans, sweep_plans
-from ._posix import is_temporary_name, make_directories, pwrite_all
+from ._posix import make_directories, pwrite_all
 from ._units import format_bytes
 from ._wake import Wake
 from .eviction import EvictionPolicy, NextUse
@@ -58,6 +59,7 @@ _FIRST_REST_S, _LONGEST_REST_S = 10.0, 600.0
 """How long a tier that failed is asked for no writes: each might cost seconds. A fault that passes must not be for ever."""
 _NO_FAULT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR)
 """Of the process or of the moment, not of the disk: the next write may well succeed."""
+_LOOKS = 5  # at a directory that isn't ours, before it is refused: others may be making or removing it meanwhile
 _BLIND_PAUSE_S = 0.005  # between two looks at what another process fetches, where nobody can say that it is there
 _FLOOR_SHARE, _MOST_FLOOR_BYTES = 0.05, 2**30
 """What the file system keeps free of a tier's blocks, unless the user says how much: others need it to go on working."""
@@ -162,8 +164,10 @@ class Tier:
             )
 
     def _open_wake(self) -> Wake:
-        # Opened once more: a mapping of the file that has the locks would keep them after it is closed.
-        fd = os.open("lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+        # Opened once more: a mapping of the file that has the locks would keep them after it is closed. Not by its name:
+        # that may be an empty file's by now, of a process that found the directory emptied, and whoever reads through
+        # a mapping of an empty file dies.
+        fd = os.open(f"/proc/self/fd/{self._lock_fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             return Wake(fd)
         finally:
@@ -744,14 +748,7 @@ def _open_directory(path: Path) -> int:
                 hint="name a directory of your own",
             )
         if not has_tag(fd, path):
-            others = [name for name in os.listdir(fd) if not is_temporary_name(name)]  # a tag in the making
-            if others and not has_tag(fd, path):  # asked again: another process may have just made it
-                raise ConfigError(
-                    "a cache directory must be empty or made by stoker",
-                    value=f"{len(others)} other entries",
-                    place=str(path),
-                    hint="name a directory of its own",
-                )
+            _require_ours_or_empty(fd, path)
             os.fchmod(fd, 0o700)
             write_tag(path)
         elif info.st_mode & 0o077:
@@ -765,6 +762,20 @@ def _open_directory(path: Path) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _require_ours_or_empty(fd: int, path: Path) -> None:
+    """Refuse a directory of someone else's, of which nothing may be touched."""
+    for _ in range(_LOOKS):
+        if may_become_a_tier(fd) or has_tag(fd, path):
+            return
+        sleep(_BLIND_PAUSE_S)
+    raise ConfigError(
+        "a cache directory must be empty or made by stoker",
+        value=", ".join(sorted(os.listdir(fd))[:3]),
+        place=str(path),
+        hint="name a directory of its own",
+    )
 
 
 # --- once in a process ------------------------------------------------------------------------------------------------

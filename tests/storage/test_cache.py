@@ -19,7 +19,7 @@ import pytest
 
 from stoker.errors import AccessDenied, ConfigError, CorruptBlock, KeyNotFound, UnknownVersion
 from stoker.metrics import counters
-from stoker.storage import Block, TieredCache, _locks, _open_tiers, cache, tiers
+from stoker.storage import Block, TieredCache, _layout, _locks, _open_tiers, cache, tiers
 from stoker.storage._checksums import crc32c
 from stoker.storage._memory import MemoryLimit
 from stoker.storage.local import LocalStore
@@ -773,6 +773,69 @@ def test_a_directory_in_use_for_something_else_is_refused(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="must be empty or made by stoker"):
         TieredCache(ram=0, disk=tmp_path / "data")
     assert os.listdir(tmp_path / "data") == ["shard"]
+
+
+def test_a_cache_that_was_emptied_in_use_is_a_cache_again(origin: Origin, disk: Path) -> None:
+    blocks = make_blocks(origin, 3)
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as first:
+        first.get(origin, blocks[0])
+        for entry in disk.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for block in blocks:  # it goes on, under a lock file of its own making
+            assert first.get(origin, block) == content(origin, block)
+        fetched = len(origin.fetched)
+        with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as second:
+            for block in blocks[1:]:  # the view that `first` held of the other was enough for it
+                assert second.get(origin, block) == content(origin, block)
+        assert len(origin.fetched) == fetched
+    assert (disk / "CACHEDIR.TAG").exists()
+
+
+def test_a_cache_whose_lock_file_is_replaced_while_it_starts_goes_on(
+    origin: Origin, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_state(lock_fd: int, capacity: int, used: int) -> None:
+        _layout.write_state(lock_fd, capacity, used)
+        (disk / "lock").unlink()  # by someone who empties the directory; another process finds none, and makes one
+        (disk / "lock").touch(0o600)
+
+    monkeypatch.setattr("stoker.storage.tiers.write_state", write_state)
+    (block,) = make_blocks(origin, 1)
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested:
+        monkeypatch.undo()
+        assert tested.get(origin, block) == content(origin, block)
+
+
+@pytest.mark.parametrize("removed", [{"CACHEDIR.TAG"}, {"CACHEDIR.TAG", "lock"}, {"CACHEDIR.TAG", "blocks", "tmp"}])
+def test_a_cache_whose_removal_stopped_half_way_is_a_cache_again(origin: Origin, disk: Path, removed: set[str]) -> None:
+    (block,) = make_blocks(origin, 1)
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested:
+        tested.get(origin, block)
+    for name in removed:
+        shutil.rmtree(disk / name) if (disk / name).is_dir() else (disk / name).unlink()
+    with TieredCache(ram=0, disk=disk, disk_capacity="1MiB") as tested:
+        assert tested.get(origin, block) == content(origin, block)
+        assert tested.stats().disk_bytes == FILE
+    assert len(origin.fetched) == (2 if "blocks" in removed else 1)
+    assert (disk / "CACHEDIR.TAG").exists()
+
+
+@pytest.mark.parametrize("theirs", ["lock", "blocks/README", "tmp/mine", "notes", "blocks", "plans/2026"])
+def test_a_directory_that_only_looks_like_a_cache_is_refused(tmp_path: Path, theirs: str) -> None:
+    data = tmp_path / "data"
+    (data / theirs).parent.mkdir(parents=True)
+    (data / theirs).write_bytes(b"of someone else")
+    data.chmod(0o700)
+    with pytest.raises(ConfigError, match="must be empty or made by stoker"):
+        TieredCache(ram=0, disk=data)
+    assert (data / theirs).read_bytes() == b"of someone else"
+
+
+def test_a_directory_of_our_names_that_others_may_open_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data" / "blocks").mkdir(parents=True)
+    (tmp_path / "data").chmod(0o755)
+    with pytest.raises(ConfigError, match="must be empty or made by stoker"):
+        TieredCache(ram=0, disk=tmp_path / "data")
 
 
 def test_a_link_is_refused_as_a_cache_directory(tmp_path: Path) -> None:
