@@ -187,15 +187,17 @@ class Tier:
         """Remove temporary files whose writer is gone: those that nobody holds locked."""
         with self._usage() as state:
             for name, _ in self._files("tmp", TEMPORARY_NAME):
-                fd = os.open(f"tmp/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
-                try:
-                    if try_lock(fd, 0):
-                        os.unlink(f"tmp/{name}", dir_fd=self._directory_fd)
-                        counters.add(f"cache.{self.kind}.reclaimed")
-                        if subtract:
-                            state.add(-int(name.partition("-")[0]))
-                finally:
-                    os.close(fd)
+                # Where locks don't work, a process may name or remove its file while we look: then it is no leftover.
+                with suppress(FileNotFoundError):
+                    fd = os.open(f"tmp/{name}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fd)
+                    try:
+                        if try_lock(fd, 0):
+                            os.unlink(f"tmp/{name}", dir_fd=self._directory_fd)
+                            counters.add(f"cache.{self.kind}.reclaimed")
+                            if subtract:
+                                state.add(-int(name.partition("-")[0]))
+                    finally:
+                        os.close(fd)
 
     def close(self) -> None:
         """Leave the tier. Blocks stay, views stay valid, nothing can be admitted any more."""
@@ -264,13 +266,17 @@ class Tier:
         with self._mutex:
             if self._closed:
                 return (0, 0)
-            if self._lock_fd < 0:
-                self._attach()
-            return read_state(self._lock_fd) or (0, 0)
+            try:
+                if self._lock_fd < 0:
+                    self._attach()
+                return read_state(self._lock_fd) or (0, 0)
+            except (DeadlineExceeded, OSError) as error:
+                self._degrade(error, "count")
+                return (0, 0)
 
     @property
     def capacity_bytes(self) -> int:
-        """The limit in force; 0 after close."""
+        """The limit in force; 0 after close, and where the directory is gone."""
         return self._state()[0]
 
     @property
@@ -664,13 +670,18 @@ class Tier:
     def clear(self) -> int:
         """Remove all blocks, of all processes; those in use stay valid. Returns the bytes."""
         removed = 0
-        for folder in self._folders():
+        try:
+            folders = self._folders()
+        except FileNotFoundError:  # the directory is gone, and all that was in it
+            return 0
+        for folder in folders:
             with self._usage() as state:
                 for name, size in self._files(folder, BLOCK_NAME):
-                    os.unlink(f"{folder}/{name}", dir_fd=self._directory_fd)
-                    state.add(-size)
+                    with suppress(FileNotFoundError):  # somebody else's doing, where locks don't work
+                        os.unlink(f"{folder}/{name}", dir_fd=self._directory_fd)
+                        state.add(-size)
+                        removed += size
                     self._forget(name)
-                    removed += size
         return removed
 
     def _folders(self) -> list[str]:

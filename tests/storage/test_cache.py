@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -953,7 +954,36 @@ def test_a_tier_that_vanishes_costs_time_but_no_bytes(
             for block in blocks:
                 assert tested.get(origin, block) == content(origin, block)
         assert held == content(origin, blocks[0])
-    assert warnings.text.count("going on without it") == 1
+        reader = tested.reader()
+        assert (tested.stats().disk_capacity_bytes, reader.capacity_bytes, tested.clear()) == (0, 0, 0)
+    assert warnings.text.count("can't write blocks") == 1
+    assert warnings.text.count("can't count blocks") == 1
+
+
+def test_files_that_others_remove_while_a_cache_looks_are_no_error(
+    origin: Origin, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another node's do, in a directory whose file system has locks that each node keeps to itself."""
+    blocks = make_blocks(origin, 3)
+    files_of = tiers.Tier._files
+
+    def files_that_go(tier: tiers.Tier, folder: str, names: re.Pattern[str]) -> list[tuple[str, int]]:
+        found = files_of(tier, folder, names)
+        for name, _ in found[:1]:
+            (disk / folder / name).unlink()
+        return found
+
+    with TieredCache(ram=0, disk=disk) as tested:
+        for block in blocks:
+            tested.get(origin, block)
+    for name in ("1", "2"):
+        (disk / "tmp" / f"{FILE}-{name * 16}").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(tiers.Tier, "_files", files_that_go)
+        with TieredCache(ram=0, disk=disk) as tested:
+            assert list((disk / "tmp").iterdir()) == []
+            tested.clear()
+    assert files(disk) == []
 
 
 def test_a_ram_tier_larger_than_what_is_free_is_cut_down(ram: Path, warnings: pytest.LogCaptureFixture) -> None:
